@@ -1,0 +1,167 @@
+"""Every path and number of Effendi, and the two things all scripts share: settings and clean errors.
+
+Read as config.NAME when used; never `from config import NAME`, and never as a default argument, since
+both freeze the value before an override arrives.
+
+    python train_vf.py --set VF_EPOCHS=5 --set DEVICE=cpu      (wins over EFFENDI_VF_EPOCHS=5)
+
+None means "choose for me": the choice is printed with its reason when it is made.
+"""
+import argparse
+import ast
+import difflib
+import os
+import sys
+import traceback
+import typing
+
+# --- where, on what, and how repeatable ---------------------------------------------------------------
+OUT_DIR: str = "effendi_output"
+SEED: int = 0
+DEVICE: str | None = None               # None = cuda, else mps, else cpu
+THREADS: int | None = None              # CPU threads; None = as many as the machine has cores
+DEBUG: bool = False                     # True = show the traceback behind an error message
+BLOCK_ROWS: int = 2048                  # cells read from disk at a time; bounds the memory of Stage 0
+
+# --- input files (None = simulated data with known delays) -----------------------------------------------
+RNA_FILE: str | None = None             # cells x genes, raw counts (.h5ad)
+ATAC_FILE: str | None = None            # cells x peaks (.h5ad)
+MULTIOME_FILE: str | None = None        # both: 10x filtered_feature_bc_matrix.h5, or .h5mu
+UNPAIRED_RNA_FILE: str | None = None    # an atlas for Stage 1; its cells are never paired
+UNPAIRED_ATAC_FILE: str | None = None
+GTF_FILE: str | None = None             # gene positions, when the files hold none
+GENOME_FILE: str | None = None          # FASTA of the peaks' build, for HyenaDNA
+
+# --- choice of genes and peaks -----------------------------------------------------------------------------
+N_HVG: int = 2000                       # highly variable genes kept (scanpy, seurat flavour)
+MIN_GENE_CELLS: int = 10                # a gene seen in fewer cells is left out
+# ATAC peaks kept: None = open in >= 10 % of cells, relaxed until at least MIN_PEAKS remain;
+# 0 = all; N = the N most variable
+ATAC_TOP_PEAKS: int | None = None
+MIN_PEAKS: int = 2000                   # never let the automatic filter keep fewer than this
+GENE_WINDOW: int = 100_000              # bp beyond the gene body whose peaks count for the gene
+GENE_DECAY: float = 5_000.0             # bp over which a distal peak's weight falls by e
+MIN_PAIRED_CELLS: int = 50              # fewer shared barcodes than this is an error
+
+# --- encoders --------------------------------------------------------------------------------------------------
+RNA_ENCODER: str | None = None          # None = scgpt if its weights are there, else pca
+ATAC_ENCODER: str | None = None         # None = hyenadna if weights and a genome are there, else lsi
+SCGPT_MODEL_DIR: str = "weights/scGPT_human"
+HYENADNA_MODEL_DIR: str = "weights/hyenadna-small-32k-seqlen-hf"
+# scGPT tokens per cell: None = min(n_vars + 1, 1200); 300 = fast; 1200 = full precision
+SCGPT_MAX_SEQ_LEN: int | None = None
+SCGPT_USE_FAST_TRANSFORMER: bool = False    # True = fused attention kernels where the device has them
+SCGPT_BATCH_SIZE: int | None = None     # None = 64 on CUDA, 16 on MPS, 8 on CPU
+HYENADNA_BATCH_SIZE: int | None = None  # peaks at once: None = MPS 16, CUDA 64, CPU 8
+EMB_DTYPE: str | None = None            # None = bfloat16 where faster and cosine >= 0.9999, else float32
+EMB_SHARD_ROWS: int = 4096              # cells or peaks per resumable shard
+HYENADNA_REVERSE_COMPLEMENT: bool = False   # True = mean of a peak and its reverse complement
+
+# --- shapes (specification) ------------------------------------------------------------------------------------
+DIM: int = 512                          # latent dimension
+HYENADNA_D_MODEL: int = 256             # width of the ATAC embedding
+ALIGN_HIDDEN: int = 512
+VF_HIDDEN: int = 128
+TAU_HIDDEN: int = 128
+TAU_MOD_SCALE: float = 0.1              # amplitude of the cell-specific part of tau
+DEC_HIDDEN: int = 256
+
+# --- training (specification) ------------------------------------------------------------------------------------
+N_PROJ_W2: int = 200                    # directions per sliced-W2 estimate
+VF_EPOCHS: int = 50
+VF_LR: float = 1e-3
+STAGE1_EPOCHS: int = 10                 # Stage 2.1, v_theta frozen
+STAGE2_EPOCHS: int = 40                 # Stage 2.2, v_theta at STAGE2_LR_VF
+STAGE1_LR: float = 1e-3
+STAGE2_LR_VF: float = 1e-6
+BATCH_SIZE: int = 128
+W_ODE: float = 1.0
+W_RECON: float = 0.5
+W_TAU: float = 0.01
+W_REVERSE: float = 0.1
+EXPLODE_NORM: float = 50.0              # gradient clipping threshold
+N_STEPS: int = 200                      # Euler steps of a Stage 2 trajectory
+N_STEPS_BAR: int = 20                   # Euler steps to tau_bar and back, in L_reverse and Stage 1
+TAU_MAX: float | None = None            # end of the trajectory; None = the largest tau of the batch
+HELD_OUT: float = 0.1                   # share of cells that no gradient sees
+
+# --- the model ----------------------------------------------------------------------------------------------------
+OBJECTIVE: str = "specification"
+
+
+def override(name, text):
+    """Set one constant from text, if config.py declares the name and the type fits."""
+    hints = typing.get_type_hints(sys.modules[__name__])
+    if name not in hints:
+        near = difflib.get_close_matches(name.upper(), hints, n=1)
+        raise ValueError(f"no setting {name} in config.py" + (f"; did you mean {near[0]}?" if near else ""))
+    allowed = typing.get_args(hints[name]) or (hints[name],)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if type(value) is int and float in allowed and int not in allowed:
+        value = float(value)
+    if type(value) not in allowed and str in allowed:
+        value = text
+    if type(value) not in allowed:
+        kinds = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+        raise ValueError(f"{name}={text!r} is {type(value).__name__}, but config.py declares {kinds}")
+    globals()[name] = value
+
+
+def from_args(doc, argv=None, arguments=None):
+    """Apply EFFENDI_NAME variables, then --set NAME=VALUE and --out DIR. A stage calls this first.
+
+    arguments  {"--flag": add_argument keywords} for what only this script takes. An argument whose dest is
+               a setting's name (dest="RNA_FILE") sets that setting.
+    Returns the parsed arguments. A wrong setting ends with exit status 2 and the nearest name.
+    """
+    # Progress and choices must reach a log file as they happen, and stderr's bars must not overtake them.
+    sys.stdout.reconfigure(line_buffering=True)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, options in (arguments or {}).items():
+        parser.add_argument(flag, **options)
+    parser.add_argument("--out", metavar="DIR", help="folder for everything written (effendi_output)")
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="any setting of config.py")
+    args = parser.parse_args(argv)
+    hints = typing.get_type_hints(sys.modules[__name__])
+    env = [f"{k[8:]}={v}" for k, v in sorted(os.environ.items()) if k.startswith("EFFENDI_")]
+    pair = ""
+    try:
+        for pair in env + args.set:
+            name, _, text = pair.partition("=")
+            override(name, text)
+    except ValueError as err:
+        parser.error(f"{pair}: {err}")
+    if args.out:
+        globals()["OUT_DIR"] = args.out
+    for name, value in vars(args).items():
+        if name in hints and value is not None:
+            globals()[name] = value
+    return args
+
+
+def snapshot():
+    """All settings as a plain dictionary, for the records."""
+    return {k: globals()[k] for k in typing.get_type_hints(sys.modules[__name__])}
+
+
+def script(main):
+    """Run a script's main(); what a user can cause ends with exit status 2 and the message alone.
+
+    ValueError and OSError carry messages written for the user (which file, what is wrong, the fix);
+    FloatingPointError is a diverged training. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as err:
+        if DEBUG:
+            traceback.print_exc()
+        print(f"\nerror: {err}", file=sys.stderr)
+        if not DEBUG:
+            print("  (--set DEBUG=True shows where in the code)", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished work is kept; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
