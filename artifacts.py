@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import platform
 from pathlib import Path
 
@@ -142,6 +143,12 @@ def record(name):
         raise ValueError(f"{meta} is not readable JSON ({err}).\n  Delete it and run the stage again.") from err
 
 
+def existing(name):
+    """Path of an artifact that has its record, for hashing as an input."""
+    record(name)
+    return path(name)
+
+
 def load_array(name, shape):
     """A .npy of the given shape; None in shape accepts any size."""
     meta = record(name)
@@ -161,15 +168,25 @@ def load_sparse(name):
 
 def load_table(name):
     _check_bytes(name, record(name))
-    table = pd.read_csv(path(name), index_col=0, dtype={0: str}, keep_default_na=True)
-    table.index = table.index.astype(str)
-    return table
+    # Only an empty field is missing: "NA" and "nan" are names that genes and samples really have.
+    return pd.read_csv(path(name), index_col=0, dtype={0: str}, keep_default_na=False, na_values=[""])
 
 
 def load_model(name):
-    """The dictionary of a .pt; never unpickles code."""
+    """The dictionary of a .pt."""
     _check_bytes(name, record(name))
-    return torch.load(path(name), map_location="cpu", weights_only=True)
+    return read_weights(path(name))
+
+
+def read_weights(file):
+    """Tensors and plain values of a .pt file. Nothing in it is executed (weights_only=True)."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} not found.\n  Give the path of a .pt file that Effendi wrote.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
+        raise ValueError(f"{file} is not a weights file that can be read safely (weights_only): "
+                         f"{str(err).splitlines()[0]}\n  It is truncated, or it holds code. Make or copy it again.") from err
 
 
 def _check_bytes(name, meta):
@@ -203,6 +220,23 @@ def is_done(key, *names):
         if meta.get("key") != key:
             return False
     return True
+
+
+def training_state(modules, optimiser, rng, **plain):
+    """All that the next epoch depends on, the global generators that dropout draws from included."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(plain, modules=[m.state_dict() for m in modules], optimiser=optimiser.state_dict(),
+                rng=rng.get_state(), torch_rng=torch.get_rng_state(), cuda_rng=cuda)
+
+
+def restore_training(state, modules, optimiser, rng):
+    for module, saved in zip(modules, state["modules"], strict=True):
+        module.load_state_dict(saved)
+    optimiser.load_state_dict(state["optimiser"])
+    rng.set_state(state["rng"])
+    torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def save_checkpoint(name, key, state):

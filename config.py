@@ -142,6 +142,29 @@ def from_args(doc, argv=None, arguments=None):
     return args
 
 
+def pick_device():
+    """The torch device of this run; printed once with its reason. Also sets the number of CPU threads."""
+    import torch
+    if THREADS:
+        torch.set_num_threads(THREADS)
+    if DEVICE:
+        name, why = DEVICE, "as set"
+    elif torch.cuda.is_available():
+        name, why = "cuda", "an NVIDIA GPU is there"
+    elif torch.backends.mps.is_available():
+        name, why = "mps", "Apple silicon"
+    else:
+        name, why = "cpu", f"no GPU; {torch.get_num_threads()} threads"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise ValueError(f"DEVICE={name!r} cannot be used here: {str(err).splitlines()[0]}\n"
+                         "  Leave DEVICE=None for the best that is there, or set cpu.") from err
+    print(f"device: {device} ({why}), float32")
+    return device
+
+
 def snapshot():
     """All settings as a plain dictionary, for the records."""
     return {k: globals()[k] for k in typing.get_type_hints(sys.modules[__name__])}

@@ -1,0 +1,146 @@
+"""Stage 1: fit AlignMLP and v_theta so that the ATAC cloud, carried by the ODE, covers the RNA cloud.
+
+    L = SW2(phi_tau_bar(z_A), z_R)^2 + W_REVERSE L_reverse          tau_bar one positive number, learned
+
+Unpaired: both clouds are drawn from independently, and their rows are first put into an order that depends
+on their values alone, so that no pairing can leak in through the row number.
+
+Reads   effendi_atac_emb.npy (N, 256), effendi_rna_emb.npy (M, 512)
+Writes  align_mlp.pt, vector_field_frozen.pt, train_vf_curve.csv
+Run     python train_vf.py --set VF_EPOCHS=5
+"""
+import math
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+import artifacts
+import config
+from align_mlp import AlignMLP
+from effendi import reverse_loss
+from slice_w2 import random_directions, sliced_w2_sq
+from vector_field import EffendiVectorField
+
+INPUTS = ("effendi_atac_emb.npy", "effendi_rna_emb.npy")
+OUTPUTS = ("align_mlp.pt", "vector_field_frozen.pt", "train_vf_curve.csv")
+SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "N_PROJ_W2", "VF_EPOCHS", "VF_LR", "BATCH_SIZE",
+            "W_REVERSE", "EXPLODE_NORM", "N_STEPS_BAR", "HELD_OUT")
+EVAL_CELLS = 1000           # cells of each held-out cloud in a reported SW2; sorting them is quick
+
+
+class FlowToRNA(nn.Module):
+    """AlignMLP, v_theta and the one delay tau_bar that Stage 1 knows."""
+
+    def __init__(self, in_dim, dim, align_hidden, vf_hidden):
+        super().__init__()
+        self.align = AlignMLP(in_dim, dim, align_hidden)
+        self.field = EffendiVectorField(dim, vf_hidden)
+        self.raw_tau_bar = nn.Parameter(torch.tensor(0.0))
+
+    @property
+    def tau_bar(self):
+        return F.softplus(self.raw_tau_bar)
+
+    def losses(self, z_atac, z_R, directions, n_steps):
+        """{"sw2_sq": (), "reverse": ()} of two batches of the same size, not paired."""
+        with parametrize.cached():
+            z_A = self.align(z_atac)
+            z_moved = self.field.flow(z_A, self.tau_bar, n_steps)
+            return dict(sw2_sq=sliced_w2_sq(z_moved, z_R, directions),
+                        reverse=reverse_loss(self.field, z_A, z_moved, self.tau_bar, n_steps))
+
+
+def split(z, rng):
+    """Rows in an order of their values alone, then a seeded draw: (training rows, held-out rows)."""
+    z = torch.from_numpy(np.ascontiguousarray(z[np.lexsort(z[:, :8].T)], dtype=np.float32))
+    order = torch.randperm(len(z), generator=rng)
+    n_out = max(2, round(config.HELD_OUT * len(z)))
+    return z[order[n_out:]], z[order[:n_out]]
+
+
+def fit(z_atac, z_R, device, seed, resume=None, checkpoint=None):
+    """Arrays (N, 256) and (M, 512) in, (model, one dictionary of losses per epoch) out. Touches no files.
+
+    resume      a state that checkpoint(state) was given, to go on from it
+    """
+    torch.manual_seed(seed)                                 # weights and dropout
+    rng = torch.Generator().manual_seed(seed)               # held-out cells, batches and directions, on the CPU
+    model = FlowToRNA(z_atac.shape[1], z_R.shape[1], config.ALIGN_HIDDEN, config.VF_HIDDEN).to(device)
+    optimiser = torch.optim.Adam(model.parameters(), lr=config.VF_LR)
+    (atac, atac_out), (rna, rna_out) = split(z_atac, rng), split(z_R, rng)
+    n_eval = min(EVAL_CELLS, len(atac_out), len(rna_out))
+    eval_directions = random_directions(z_R.shape[1], config.N_PROJ_W2, rng)
+    batch = min(config.BATCH_SIZE, len(atac), len(rna))
+    history = []
+    if resume:
+        artifacts.restore_training(resume, [model], optimiser, rng)
+        history = resume["history"]
+        print(f"train_vf: going on after epoch {len(history)}")
+    for epoch in range(len(history) + 1, config.VF_EPOCHS + 1):
+        model.train()
+        for _ in tqdm(range(math.ceil(len(atac) / batch)), desc=f"epoch {epoch}/{config.VF_EPOCHS}", leave=False):
+            z_a = atac[torch.randint(len(atac), (batch,), generator=rng)].to(device)
+            z_r = rna[torch.randint(len(rna), (batch,), generator=rng)].to(device)
+            loss = model.losses(z_a, z_r, random_directions(z_r.shape[1], config.N_PROJ_W2, rng), config.N_STEPS_BAR)
+            total = loss["sw2_sq"] + config.W_REVERSE * loss["reverse"]
+            if not torch.isfinite(total):
+                raise FloatingPointError(
+                    f"Stage 1 diverged in epoch {epoch}: " + ", ".join(f"{k} {v.item():.3g}" for k, v in loss.items())
+                    + f".\n  Try --set VF_LR={config.VF_LR / 3:.1g}, and look for nan in {INPUTS[0]}, {INPUTS[1]}.")
+            optimiser.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.EXPLODE_NORM)
+            optimiser.step()
+        history.append(evaluate(model, atac_out[:n_eval].to(device), rna_out[:n_eval].to(device), eval_directions))
+        print("train_vf: epoch {:>3}  held-out SW2 {:.4f}  L_reverse {:.2e}  tau_bar {:.3f}".format(
+            epoch, *history[-1].values()))
+        if checkpoint:
+            checkpoint(artifacts.training_state([model], optimiser, rng, history=history))
+    model.field.settle()
+    return model.eval(), history
+
+
+@torch.no_grad()
+def evaluate(model, atac, rna, directions):
+    model.eval()
+    loss = model.losses(atac, rna, directions, config.N_STEPS_BAR)
+    return dict(sw2=loss["sw2_sq"].sqrt().item(), reverse=loss["reverse"].item(), tau_bar=model.tau_bar.item())
+
+
+def run():
+    key = artifacts.stage_key("train_vf", {name: artifacts.existing(name) for name in INPUTS}, SETTINGS)
+    if artifacts.is_done(key, *OUTPUTS):
+        print("train_vf: up to date")
+        return
+    start = time.time()
+    z_atac = artifacts.load_array("effendi_atac_emb.npy", (None, config.HYENADNA_D_MODEL))
+    z_R = artifacts.load_array("effendi_rna_emb.npy", (None, config.DIM))
+    model, history = fit(z_atac, z_R, config.pick_device(), config.SEED,
+                         artifacts.load_checkpoint("train_vf.resume.pt", key),
+                         lambda state: artifacts.save_checkpoint("train_vf.resume.pt", key, state))
+    seconds = time.time() - start
+    facts = dict(stage="train_vf", key=key, seconds=round(seconds, 1), metrics=history[-1], cells=dict(
+        atac=len(z_atac), rna=len(z_R)), spaces=[artifacts.record(name).get("space") for name in INPUTS])
+    for name, module in (("align_mlp.pt", model.align), ("vector_field_frozen.pt", model.field)):
+        artifacts.save_model(name, {"args": module.args, "state_dict": module.state_dict(),
+                                    "tau_bar": model.tau_bar.item()}, **facts)
+    curve = pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
+    artifacts.save_table("train_vf_curve.csv", curve, **facts)
+    artifacts.drop_checkpoint("train_vf.resume.pt")
+    print(f"train_vf: held-out SW2 {history[0]['sw2']:.3f} -> {history[-1]['sw2']:.3f} in {len(history)} epochs, "
+          f"{seconds:.0f} s -> {config.OUT_DIR}/align_mlp.pt, vector_field_frozen.pt")
+
+
+def main(argv=None):
+    config.from_args(__doc__, argv)
+    run()
+
+
+if __name__ == "__main__":
+    config.script(main)
