@@ -150,7 +150,7 @@ def existing(name):
 
 
 def load_array(name, shape):
-    """A .npy of the given shape; None in shape accepts any size."""
+    """A .npy of the given shape as float32, Effendi's one precision; None in shape accepts any size."""
     meta = record(name)
     _check_bytes(name, meta)
     array = np.load(path(name), allow_pickle=False)
@@ -158,7 +158,7 @@ def load_array(name, shape):
         want = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
         raise ValueError(f"{path(name)} has shape {array.shape}, expected {want}.\n"
                          "  It was made with other settings; make it again, or use another --out.")
-    return array
+    return array.astype(np.float32, copy=False)
 
 
 def load_sparse(name):

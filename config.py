@@ -30,7 +30,15 @@ MULTIOME_FILE: str | None = None        # both: 10x filtered_feature_bc_matrix.h
 UNPAIRED_RNA_FILE: str | None = None    # an atlas for Stage 1; its cells are never paired
 UNPAIRED_ATAC_FILE: str | None = None
 GTF_FILE: str | None = None             # gene positions, when the files hold none
+TRUTH_FILE: str | None = None           # planted delays of simulated data (truth.csv), for validation only
 GENOME_FILE: str | None = None          # FASTA of the peaks' build, for HyenaDNA
+
+# --- the embedded default: what run.py simulates without data -----------------------------------------------
+SIM_CELLS: int = 3000
+SIM_GENES: int = 400
+SIM_LINEAGES: int = 3
+SIM_KERNEL: str = "exp"                 # exp (first-order lag), shift (pure delay) or gamma
+SIM_DEPTH: str = "deep"                 # deep, shallow, or ATAC counts a cell in the peaks of the genes
 
 # --- choice of genes and peaks -----------------------------------------------------------------------------
 N_HVG: int = 2000                       # highly variable genes kept (scanpy, seurat flavour)

@@ -11,7 +11,6 @@ Writes  effendi_stage1.pt (after 2.1), effendi_final.pt, effendi.pt, gene_tau_es
         train_delay_curve.csv
 Run     python train_delay.py --set STAGE2_EPOCHS=5
 """
-import io
 import time
 
 import numpy as np
@@ -24,6 +23,7 @@ from tqdm import tqdm
 import artifacts
 import config
 import effendi_loader
+import inference
 from effendi import Effendi, delay_losses
 
 INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "effendi_rna_emb.npy", "effendi_rna_obs.csv",
@@ -35,6 +35,8 @@ SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "TAU_HIDDEN", "TAU_
             "W_TAU", "W_REVERSE", "EXPLODE_NORM", "N_STEPS", "N_STEPS_BAR", "TAU_MAX", "HELD_OUT",
             "MIN_PAIRED_CELLS")
 RESUME = "train_delay.resume.pt"
+MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves them "
+               "unchanged), so that these delays mean nothing about the genes.")
 
 
 # --- data -----------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ def load_paired():
     """The paired cells, their rows joined by barcode and checked.
 
     Returns {"z_atac" (N, 256), "z_R" (N, D), "counts" (N, G) CSR, "depth" (N,), "gene_emb" (G, D),
-             "genes", "cells", "obs"}
+             "genes", "cells", "obs", "held_out" (rows)}
     """
     artifacts.same_rows("effendi_rna_emb.npy", "effendi_rna_obs.csv", "gene_expression.npz")
     artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv")
@@ -60,7 +62,7 @@ def load_paired():
         z_R=artifacts.load_array("effendi_rna_emb.npy", (None, config.DIM))[rows_rna],
         counts=artifacts.load_sparse("gene_expression.npz")[rows_rna], depth=obs["n_counts"].to_numpy(np.float32),
         gene_emb=artifacts.load_array("gene_embeddings.npy", (None, config.DIM)),
-        genes=genes, cells=obs.index, obs=obs)
+        genes=genes, cells=obs.index, obs=obs, held_out=held_out_cells(obs.index))
 
 
 def log_expression(counts, depth):
@@ -68,11 +70,11 @@ def log_expression(counts, depth):
     return np.log1p(counts.toarray() * (1e4 / np.maximum(depth, 1))[:, None]).astype(np.float32)
 
 
-def held_out_cells(cells, rng):
-    """(training rows, held-out rows) of the cells, by a seeded draw over their sorted names."""
+def held_out_cells(cells):
+    """Rows of the cells that no gradient sees: a seeded draw over their sorted names."""
+    rng = torch.Generator().manual_seed(config.SEED)
     order = np.argsort(np.asarray(cells))[torch.randperm(len(cells), generator=rng).numpy()]
-    n_out = max(2, round(config.HELD_OUT * len(cells)))
-    return order[n_out:], order[:n_out]
+    return np.sort(order[:max(2, round(config.HELD_OUT * len(cells)))])
 
 
 # --- training, as specified -----------------------------------------------------------------------------------
@@ -100,12 +102,13 @@ def fit(data, align_state, field_state, device, seed, resume=None, checkpoint=No
     after_stage1  called with the model when Stage 2.1 ends
     """
     torch.manual_seed(seed)                                 # weights and dropout
-    rng = torch.Generator().manual_seed(seed)               # held-out cells and batches, on the CPU
+    rng = torch.Generator().manual_seed(seed)               # batches, on the CPU
     model = new_model(data["z_atac"].shape[1], data["z_R"].shape[1])
     model.align.load_state_dict(align_state)
     model.field.load_state_dict(field_state)
     model.to(device)
-    train, held_out = held_out_cells(data["cells"], rng)
+    held_out = data["held_out"]
+    train = np.setdiff1d(np.arange(len(data["cells"])), held_out)
     gene_emb = torch.from_numpy(data["gene_emb"]).to(device)
     history = resume["history"] if resume else []
     phase, optimiser = 0, None
@@ -181,42 +184,29 @@ def evaluate(model, data, rows, gene_emb):
 
 # --- results --------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def predict(model, z_atac, gene_emb, device):
-    """The model's output for all cells, batch by batch: {"z_A", "z_integrated" (N, D), "tau", "y_hat" (N, G)}."""
-    gene_emb = torch.from_numpy(gene_emb).to(device)
-    parts = {"z_A": [], "z_integrated": [], "tau": [], "y_hat": []}
-    for start in range(0, len(z_atac), config.BATCH_SIZE):
-        out = model(torch.from_numpy(z_atac[start:start + config.BATCH_SIZE]).to(device), gene_emb)
-        for name, kept in parts.items():
-            kept.append(out[name].cpu().numpy())
-    return {name: np.concatenate(kept) for name, kept in parts.items()}
-
-
 def tau_table(tau, data):
     """gene_tau_estimates.csv: one row per gene, sorted by tau. No interval is claimed: under these losses tau
     is not determined by the data, so that every gene is marked as not identifiable."""
     table = pd.DataFrame(dict(
         tau=tau.mean(0), tau_low=np.nan, tau_high=np.nan, cell_sd=tau.std(0),
         n_cells=np.asarray((data["counts"] > 0).sum(0)).ravel(), identifiable=False,
-        reason="the specification's losses do not determine tau (README, What tau means)"),
+        reason="the specification's losses do not determine tau"),
         index=pd.Index(data["genes"].index, name="gene"))
     return table.sort_values("tau")
 
 
 def write_h5ad(file, data, out):
-    """The paired cells for scanpy: X counts, obsm z_A, z_R, phi_tau_z_A, layers tau, y_hat."""
+    """The paired cells for scanpy: X counts, obs held_out, obsm z_atac, z_A, z_R, phi_tau_z_A, layers tau, y_hat."""
     import anndata
     cells = anndata.AnnData(data["counts"], obs=data["obs"].copy(), var=data["genes"].copy())
-    cells.obsm.update(z_A=out["z_A"], z_R=data["z_R"], phi_tau_z_A=out["z_integrated"])
+    cells.obs["held_out"] = np.isin(np.arange(cells.n_obs), data["held_out"])
+    cells.obsm.update(z_atac=data["z_atac"], z_A=out["z_A"], z_R=data["z_R"], phi_tau_z_A=out["z_integrated"])
     cells.layers.update(tau=out["tau"], y_hat=out["y_hat"])
-    buffer = io.BytesIO()
-    cells.write_h5ad(buffer)
-    file.write(buffer.getbuffer())
+    cells.write_h5ad(file.name)
 
 
 def save_results(model, data, history, device, facts):
-    out = predict(model, data["z_atac"], data["gene_emb"], device)
+    out = inference.predict(model, data["z_atac"], data["gene_emb"], device, config.BATCH_SIZE)
     table = tau_table(out["tau"], data)
     weights = {"args": model.args, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}}
     artifacts.save_model("effendi_final.pt", weights, **facts)
@@ -247,7 +237,8 @@ def run():
         lambda model: artifacts.save_model("effendi_stage1.pt", {"args": model.args, "state_dict": model.state_dict()},
                                            **facts))
     seconds = time.time() - start
-    table = save_results(model, data, history, device, dict(facts, seconds=round(seconds, 1), metrics=history[-1]))
+    table = save_results(model, data, history, device, dict(
+        facts, seconds=round(seconds, 1), metrics=history[-1], meaning=MEANINGLESS))
     artifacts.drop_checkpoint(RESUME)
     print(f"train_delay: {len(data['cells'])} cells, {len(table)} genes, tau {table.tau.min():.3f}-"
           f"{table.tau.max():.3f} (ODE time), held-out L {history[0]['total']:.3f} -> {history[-1]['total']:.3f}, {seconds:.0f} s "

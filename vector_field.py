@@ -112,9 +112,13 @@ class EffendiVectorField(nn.Module):
             return torch.stack(list(trajectory(self, z0, t[-1] - t[0], n_steps, method)))
 
     def flow(self, z0, t, n_steps=20, method="euler"):
-        """phi_t(z0) alone, (B, dim)."""
+        """phi_t(z0) alone, (B, dim); t a number or a scalar tensor, whose gradient is kept."""
         with parametrize.cached():
-            return integrate(self, z0, t, n_steps, method)
+            if method != "euler":
+                return integrate(self, z0, t, n_steps, method)
+            last = torch.zeros(n_steps + 1, device=z0.device, dtype=z0.dtype)
+            last[-1] = 1
+            return self.weighted_states(z0, last.expand(len(z0), 1, -1), t)[:, 0]
 
     def weighted_states(self, z0, weights, t_end):
         """sum_s weights[b, k, s] z_s(b) over the S+1 Euler states from z0 to t_end, without the states.

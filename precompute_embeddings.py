@@ -1,0 +1,497 @@
+"""Stage 0: from count matrices to the embeddings and tables that every later stage reads.
+
+    rna     log-normalise, choose genes, embed the cells        z_R (N_r, 512), gene counts (N_r, G)
+    atac    choose peaks, embed the cells                       z_ATAC (N_a, 256)
+    genes   accessibility and embeddings of the chosen genes    (N_a, G), (G, 512); after the other two
+
+The cells of a modality are rows of one array: those of the paired file (source "paired"), then those of the atlas,
+if one is given (source "atlas", names "atlas:barcode"). Pairing comes later, by barcode, among the paired.
+
+Reads   --rna/--atac or --multiome, --unpaired-rna/--unpaired-atac; each file twice, in blocks of BLOCK_ROWS cells
+Writes  rna    effendi_rna_emb.npy, effendi_rna_obs.csv (.pkl for notebooks), genes.csv, gene_expression.npz,
+               rna_encoder.pt
+        atac   effendi_atac_emb.npy, effendi_atac_obs.csv (.pkl), peaks.csv, peak_embeddings.npy, atac_encoder.pt
+        genes  gene_accessibility.npz, gene_embeddings.npy, gene_encoder.pt (the last two for the PCA encoder)
+Run     python precompute_embeddings.py rna --rna rna.h5ad --max-cells 200000
+"""
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from tqdm import tqdm
+
+import artifacts
+import config
+import effendi_loader as loader
+import linear_encoder
+
+RANK = 50                   # components of PCA and LSI; more are mostly noise in data of this kind
+HVG_CELLS = 10_000          # cells on which scanpy chooses the genes; all, if there are no more
+MIN_OPEN = 0.10             # share of cells in which the automatic filter wants a peak open
+SHIFT = 50_000              # bp; promoters moved this far should hold fewer peaks than promoters do
+
+RNA_FILES = ("effendi_rna_emb.npy", "effendi_rna_obs.csv", "effendi_rna_obs.pkl", "genes.csv", "gene_expression.npz",
+             "rna_encoder.pt")
+ATAC_FILES = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "effendi_atac_obs.pkl", "peaks.csv",
+              "peak_embeddings.npy", "atac_encoder.pt")
+GENE_FILES = ("gene_accessibility.npz",)
+PCA_GENE_FILES = ("gene_embeddings.npy", "gene_encoder.pt")
+WEIGHTS = {                 # encoder -> (setting with its folder, files it needs)
+    "scgpt": ("SCGPT_MODEL_DIR", ("args.json", "vocab.json", "best_model.pt")),
+    "hyenadna": ("HYENADNA_MODEL_DIR", ("config.json",)),
+}
+
+
+# --- the cells of one modality ------------------------------------------------------------------------------
+
+def input_files(modality):
+    """{"paired": path, "atlas": path or None} of a modality, from the settings."""
+    single = {"rna": config.RNA_FILE, "atac": config.ATAC_FILE}[modality]
+    atlas = {"rna": config.UNPAIRED_RNA_FILE, "atac": config.UNPAIRED_ATAC_FILE}[modality]
+    if single and config.MULTIOME_FILE:
+        raise ValueError(f"--{modality} and --multiome both give the {modality} counts.\n  Give one of them.")
+    paired = single or config.MULTIOME_FILE
+    if not paired:
+        raise ValueError(f"no {modality} file.\n  Give --{modality} FILE, or --multiome FILE for both modalities.")
+    return must_exist({"paired": paired, "atlas": atlas})
+
+
+def must_exist(files):
+    for path in filter(None, files.values()):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} not found.\n  Check the path, and that it is a file.")
+    return files
+
+
+class Cells:
+    """The cells of one modality over its files, with one list of genes or peaks.
+
+    sources   [(source, Counts, rows used of it, columns of the shared features)]
+    obs       (N) names and plain columns, source      features  (F) table of what all files have
+    """
+
+    def __init__(self, modality, files, max_cells=None):
+        self.modality, self.files, self.max_cells = modality, files, max_cells
+        opened = {source: loader.open_counts(path, modality, config.GTF_FILE)
+                  for source, path in self.files.items() if path}
+        for counts in opened.values():
+            print("\n".join(counts.notes))
+        self.features = opened["paired"].features
+        if "atlas" in opened:
+            self._share_features(opened)
+        self.sources = []
+        for source, counts in opened.items():
+            columns = None if len(opened) == 1 else counts.features.index.get_indexer(self.features.index)
+            self.sources.append((source, counts, fewest_by_hash(counts.names, max_cells), columns))
+        self._name_cells()
+
+    def _share_features(self, opened):
+        paired, atlas = opened["paired"], opened["atlas"]
+        what = loader.WHAT[self.modality].split()[-1]
+        loader.check_builds(self.files["paired"], paired.build, self.files["atlas"], atlas.build)
+        shared = paired.features.index.isin(atlas.features.index)
+        print(f"{shared.sum():,} {what} are in both {self.modality} files; {(~shared).sum():,} only in the paired one, "
+              f"{len(atlas.features) - shared.sum():,} only in the atlas are left out")
+        if shared.mean() < 0.5:
+            raise ValueError(f"{self.files['atlas']} has {shared.sum():,} of the {len(shared):,} {what} of "
+                             f"{self.files['paired']}.\n  An atlas must be counted on the same {what}: "
+                             "count its fragments on the peaks of the paired file, or use the same gene names.")
+        self.features = paired.features[shared]
+
+    def _name_cells(self):
+        tables = []
+        for source, counts, rows, _ in self.sources:
+            plain = counts.obs.iloc[rows].select_dtypes(include=["number", "bool", "object", "string", "category"])
+            plain = plain.drop(columns=["source", "n_counts"], errors="ignore")
+            index = plain.index if source == "paired" else "atlas:" + plain.index
+            tables.append(plain.set_axis(index).assign(source=source))
+        self.obs = pd.concat(tables).rename_axis("barcode")
+        self.obs = self.obs[["source", *self.obs.columns.drop("source")]]
+
+    def blocks(self, columns=None, what=None):
+        """(slice of the N cells, csr (b, F)), ...; columns (indices of features) narrows it; what names the bar."""
+        bar = tqdm(total=len(self.obs), unit="cell", desc=f"{self.modality}: {what}", leave=False,
+                   disable=True if what is None else None)
+        first = 0
+        with bar:
+            for _, counts, rows, shared in self.sources:
+                pick = shared if columns is None else columns if shared is None else shared[columns]
+                for at, block in counts.blocks(rows):
+                    yield slice(first + at.start, first + at.stop), block if pick is None else block[:, pick]
+                    bar.update(at.stop - at.start)
+                first += len(rows)
+
+    def keep(self, mask):
+        """Go on with the cells of the mask (N,)."""
+        first, sources = 0, []
+        for source, counts, rows, columns in self.sources:
+            sources.append((source, counts, rows[mask[first:first + len(rows)]], columns))
+            first += len(rows)
+        self.sources, self.obs = sources, self.obs[mask]
+
+
+def fewest_by_hash(names, n):
+    """Rows (ascending) of the n names with the smallest hashes: RNA and ATAC choose the same cells."""
+    if n is None or n >= len(names):
+        return np.arange(len(names))
+    return np.sort(np.argsort(pd.util.hash_array(names.astype(object)), kind="stable")[:n])
+
+
+def scan(cells):
+    """One pass: drops cells without counts; depth (N,), counts and cells per feature (F,), a sample of cells.
+
+    The sample, csr (at most HVG_CELLS, F), is for the choice of genes. Every value is checked on the way.
+    """
+    n_features = len(cells.features)
+    depth = np.zeros(len(cells.obs))
+    totals, n_cells, sample = np.zeros(n_features), np.zeros(n_features, np.int64), []
+    wanted = np.zeros(len(depth), bool)
+    wanted[fewest_by_hash(cells.obs.index.to_numpy(str), HVG_CELLS)] = True
+    for at, block in cells.blocks(what="reading"):
+        depth[at] = np.asarray(block.sum(axis=1)).ravel()
+        totals += np.bincount(block.indices, block.data, n_features)
+        n_cells += np.bincount(block.indices, minlength=n_features)
+        if cells.modality == "rna" and wanted[at].any():
+            sample.append(block[wanted[at] & (depth[at] > 0)])
+    empty = depth == 0
+    if empty.all():
+        raise ValueError(f"{cells.files['paired']}: every count is zero.\n  Check the step that wrote it.")
+    if empty.any():
+        names = cells.obs.index[empty]
+        print(f"{empty.sum():,} cells without a single {cells.modality} count are left out (first: {names[0]})")
+        cells.keep(~empty)
+    cells.obs["n_counts"] = depth[~empty]
+    cells.obs = cells.obs[["source", "n_counts", *cells.obs.columns.drop(["source", "n_counts"])]]
+    return totals, n_cells, sp.vstack(sample).tocsr() if sample else None, int(empty.sum())
+
+
+def check_inputs(max_cells=None):
+    """What only both modalities together can show: pairing and genome build. Reads names and positions, no counts.
+
+    Does nothing while only one modality is given; the other stages check again on what was embedded.
+    """
+    if not ((config.RNA_FILE and config.ATAC_FILE) or config.MULTIOME_FILE):
+        return
+    rna_path, atac_path = input_files("rna")["paired"], input_files("atac")["paired"]
+    rna, atac = loader.open_counts(rna_path, "rna", config.GTF_FILE), loader.open_counts(atac_path, "atac")
+    obs = [pd.DataFrame({"source": "paired"}, index=c.names[fewest_by_hash(c.names, max_cells)]) for c in (rna, atac)]
+    loader.pair(*obs)
+    loader.check_builds(rna_path, rna.build, atac_path, atac.build)
+    loader.check_genome(rna.features, atac.features, config.GENE_WINDOW, f"{rna_path} and {atac_path}")
+
+
+# --- which genes, which peaks, which encoder ----------------------------------------------------------------
+
+def choose_genes(features, n_cells, sample):
+    """Mask (F,) of the genes to model: seen in MIN_GENE_CELLS cells, and the N_HVG most variable of those."""
+    seen = n_cells >= config.MIN_GENE_CELLS
+    print(f"{(~seen).sum():,} of {len(seen):,} genes are seen in fewer than {config.MIN_GENE_CELLS} cells and left out")
+    if not seen.any():
+        raise ValueError(f"no gene is seen in MIN_GENE_CELLS={config.MIN_GENE_CELLS} cells.\n"
+                         "  Try --set MIN_GENE_CELLS=1, or check the matrix.")
+    if seen.sum() <= config.N_HVG:
+        print(f"all {seen.sum():,} remaining genes are kept (N_HVG={config.N_HVG:,})")
+        return seen
+    import anndata
+    import scanpy
+
+    data = anndata.AnnData(sample[:, seen], var=pd.DataFrame(index=features.index[seen]))
+    scanpy.pp.normalize_total(data)
+    scanpy.pp.log1p(data)
+    scanpy.pp.highly_variable_genes(data, n_top_genes=config.N_HVG, flavor="seurat")
+    chosen = seen.copy()
+    chosen[seen] = data.var["highly_variable"].to_numpy()
+    print(f"{chosen.sum():,} highly variable genes of {seen.sum():,} (scanpy, seurat flavour, on {data.n_obs:,} cells)")
+    return chosen
+
+
+def choose_peaks(peaks, n_cells, n):
+    """Mask (P,) of the peaks to embed, and the reason in words; ATAC_TOP_PEAKS as in config.py."""
+    share = n_cells / n
+    top = config.ATAC_TOP_PEAKS
+    if top == 0:
+        return np.ones(len(peaks), bool), "ATAC_TOP_PEAKS=0: all"
+    if top is not None and top < 0:
+        raise ValueError(f"ATAC_TOP_PEAKS={top}: None, 0 (all) or a number of peaks.")
+    if top is not None:
+        # An open/closed peak varies by p (1 - p); ties go by name, so that the order in the file does not matter.
+        order = np.lexsort((peaks.index.to_numpy(str), -n_cells, -share * (1 - share)))
+        mask = np.zeros(len(peaks), bool)
+        mask[order[:top]] = True
+        return mask, f"ATAC_TOP_PEAKS={top}: the most variable"
+    often = share >= MIN_OPEN
+    at_least = min(config.MIN_PEAKS, int((n_cells > 0).sum()))
+    if often.sum() >= at_least:
+        return often, f"automatic: open in at least {MIN_OPEN:.0%} of the cells"
+    limit = np.sort(n_cells)[::-1][at_least - 1]            # peaks tied with the last one stay too
+    return n_cells >= limit, (f"automatic: only {often.sum():,} are open in {MIN_OPEN:.0%} of the cells, so the limit "
+                              f"is lowered to {limit / n:.2%} to keep MIN_PEAKS={config.MIN_PEAKS:,}")
+
+
+def choose_encoder(setting, real, default):
+    """Name of the encoder: the setting, or the real one if its weights are there; prints which and why."""
+    chosen, folder = config.snapshot()[setting], Path(config.snapshot()[WEIGHTS[real][0]])
+    missing = [name for name in WEIGHTS[real][1] if not (folder / name).exists()]
+    if chosen is None:
+        chosen = default if missing else real
+        why = f"no {real} weights in {folder}" if missing else f"{real} weights found in {folder}"
+        if real == "hyenadna" and not missing and not config.GENOME_FILE:
+            chosen, why = default, f"{real} weights found, but no GENOME_FILE"
+        print(f"{setting}: {chosen} ({why})")
+    if chosen not in (real, default):
+        raise ValueError(f"{setting}={chosen!r} is unknown.\n  Choose {real} or {default}.")
+    if chosen == real and missing:
+        raise ValueError(f"{setting}={real}, but {folder} lacks {', '.join(missing)}.\n  Put the weights there, set "
+                         f"{WEIGHTS[real][0]}, or use --set {setting}={default}.")
+    return chosen
+
+
+def embed_rna(name, cells, spool, genes, target):
+    """z_R (N, k) of the cells and the encoder that made them, by name. spool: counts (N, G) of the chosen genes."""
+    if name == "pca":
+        depth = cells.obs["n_counts"].to_numpy()
+        blocks = spooled(spool, "PCA", depth)
+        encoder = linear_encoder.fit_pca(blocks, list(genes), target, RANK, config.SEED)
+        z = np.vstack([linear_encoder.pca_transform(c, d, encoder) for c, d in blocks()])
+        encoder["gene_loadings"] = linear_encoder.pca_gene_loadings(blocks, z, encoder)
+        return z, encoder
+    raise ValueError(f"RNA_ENCODER={name} cannot embed cells yet.\n  Use --set RNA_ENCODER=pca.")
+
+
+def embed_atac(name, cells, spool, peaks):
+    """z_ATAC (N, k), peak embeddings (P, k) and the encoder. spool: counts (N, P) of the chosen peaks."""
+    if name == "lsi":
+        blocks = spooled(spool, "LSI")
+        encoder = linear_encoder.fit_lsi(blocks, list(peaks), RANK, config.SEED)
+        z = np.vstack([linear_encoder.lsi_transform(c, encoder) for c in blocks()])
+        return z, encoder["components"].T, encoder
+    raise ValueError(f"ATAC_ENCODER={name} cannot embed cells yet.\n  Use --set ATAC_ENCODER=lsi.")
+
+
+def spooled(spool, what, depth=None):
+    """The function that starts a pass over the spool: yields counts, or (counts, depth)."""
+    def blocks():
+        with tqdm(total=len(spool), unit="cell", desc=what, leave=False, disable=None) as bar:
+            for at, counts in spool.blocks():
+                yield counts if depth is None else (counts, depth[at])
+                bar.update(counts.shape[0])
+    return blocks
+
+
+def spool_columns(cells, columns):
+    """Counts of the chosen genes or peaks (N, columns), on disk."""
+    spool = loader.Spool(len(columns))
+    for _, block in cells.blocks(columns, what="selecting"):
+        spool.append(block)
+    return spool
+
+
+# --- the three stages ---------------------------------------------------------------------------------------
+
+def rna(max_cells=None):
+    start = time.time()
+    encoder_name = choose_encoder("RNA_ENCODER", "scgpt", "pca")
+    files = input_files("rna")
+    key = _key("rna", files, encoder_name, max_cells, ("N_HVG", "MIN_GENE_CELLS"))
+    if artifacts.is_done(key, *RNA_FILES):
+        return print("precompute_embeddings rna: up to date")
+    check_inputs(max_cells)
+    cells = Cells("rna", files, max_cells)
+    totals, n_cells, sample, empty = scan(cells)
+    chosen = choose_genes(cells.features, n_cells, sample)
+    genes = cells.features[chosen].assign(mean=totals[chosen] / len(cells.obs), n_cells=n_cells[chosen])
+    genes = genes.rename_axis("gene")
+    nowhere = genes.index[genes["start"].isna()]
+    if len(nowhere):
+        print(f"{len(nowhere):,} of {len(genes):,} genes have no position, so no accessibility "
+              f"({', '.join(nowhere[:3])}, ...); --gtf FILE may add some")
+    spool = spool_columns(cells, np.flatnonzero(chosen))
+    z, encoder = embed_rna(encoder_name, cells, spool, genes.index, float(np.median(cells.obs["n_counts"])))
+    facts = _facts("precompute_embeddings rna", key, start, encoder, cells, dropped=dict(
+        cells_without_counts=empty, genes_not_chosen=int((~chosen).sum()), genes_without_position=list(nowhere)))
+    _save_cells("rna", z, config.DIM, cells.obs, facts)
+    artifacts.save("gene_expression.npz", spool.write_npz, rows=len(spool), shape=[len(spool), len(genes)],
+                   ids=artifacts.hash_ids(cells.obs.index), columns=artifacts.hash_ids(genes.index), **facts)
+    artifacts.save_model("rna_encoder.pt", as_tensors(encoder), **facts)
+    artifacts.save_table("genes.csv", genes, **facts)
+    print(f"precompute_embeddings rna: {len(cells.obs):,} cells, {len(genes):,} genes, {encoder_name} {z.shape[1]} of "
+          f"{config.DIM}, {time.time() - start:.0f} s -> {config.OUT_DIR}/effendi_rna_emb.npy")
+
+
+def atac(max_cells=None):
+    start = time.time()
+    encoder_name = choose_encoder("ATAC_ENCODER", "hyenadna", "lsi")
+    files = input_files("atac")
+    key = _key("atac", files, encoder_name, max_cells, ("ATAC_TOP_PEAKS", "MIN_PEAKS"))
+    if artifacts.is_done(key, *ATAC_FILES):
+        return print("precompute_embeddings atac: up to date")
+    check_inputs(max_cells)
+    cells = Cells("atac", files, max_cells)
+    _, n_cells, _, empty = scan(cells)
+    kept, why = choose_peaks(cells.features, n_cells, len(cells.obs))
+    print(f"{kept.sum():,} of {len(kept):,} peaks are embedded, {(~kept).sum():,} are not ({why})")
+    peaks = cells.features.assign(n_cells=n_cells, kept=kept).rename_axis("peak")
+    spool = spool_columns(cells, np.flatnonzero(kept))
+    closed = int((np.diff(spool.indptr) == 0).sum())
+    if closed:
+        print(f"{closed:,} cells have none of these peaks open; their embedding is zero")
+    z, peak_emb, encoder = embed_atac(encoder_name, cells, spool, peaks.index[kept])
+    if encoder.get("dropped"):
+        worst = encoder["depth_correlation"][encoder["dropped"]]
+        print(f"LSI component {', '.join(str(i + 1) for i in encoder['dropped'])} follows the depth of the cells "
+              f"(correlation {', '.join(f'{r:.2f}' for r in worst)}) and is left out")
+    facts = _facts("precompute_embeddings atac", key, start, encoder, cells, why=why, cells_without_kept_peaks=closed,
+                   dropped=dict(cells_without_counts=empty, peaks_not_chosen=int((~kept).sum())))
+    _save_cells("atac", z, config.HYENADNA_D_MODEL, cells.obs, facts)
+    artifacts.save_array("peak_embeddings.npy", linear_encoder.pad(peak_emb, config.HYENADNA_D_MODEL),
+                         peaks.index[kept], **facts)
+    artifacts.save_model("atac_encoder.pt", as_tensors(encoder), **facts)
+    artifacts.save_table("peaks.csv", peaks, **facts)
+    print(f"precompute_embeddings atac: {len(cells.obs):,} cells, {kept.sum():,} peaks, {encoder_name} {z.shape[1]} of "
+          f"{config.HYENADNA_D_MODEL}, {time.time() - start:.0f} s -> {config.OUT_DIR}/effendi_atac_emb.npy")
+
+
+def genes():
+    """Accessibility (N_a, G) and embeddings (G, 512) of the genes `rna` chose, in the cells `atac` embedded."""
+    start = time.time()
+    of_rna, of_atac = artifacts.record("rna_encoder.pt"), artifacts.record("atac_encoder.pt")
+    alone = not (config.ATAC_FILE or config.MULTIOME_FILE)
+    files = must_exist(of_atac["inputs"]) if alone else input_files("atac")
+    key = artifacts.stage_key("genes", {**files, **{name: artifacts.path(name) for name in (
+        "genes.csv", "rna_encoder.pt", "effendi_atac_obs.csv")}}, ("GENE_WINDOW", "GENE_DECAY"))
+    pca = of_rna["encoder"] == "pca"
+    if artifacts.is_done(key, *GENE_FILES, *(PCA_GENE_FILES if pca else ())):
+        return print("precompute_embeddings genes: up to date")
+    table, obs = artifacts.load_table("genes.csv"), artifacts.load_table("effendi_atac_obs.csv")
+    artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv")
+    cells = Cells("atac", files, of_atac["max_cells"])
+    cells.keep(cells.obs.index.isin(obs.index))
+    if list(cells.obs.index) != list(obs.index):
+        raise ValueError(f"{cells.files['paired']} does not hold the cells of {artifacts.path('effendi_atac_obs.csv')}"
+                         ".\n  Run again: python precompute_embeddings.py atac")
+    loader.check_genome(table, cells.features, config.GENE_WINDOW, f"genes.csv and {cells.files['paired']}")
+    near, shifted = (loader.promoter_share(cells.features, table, s) for s in (0, SHIFT))
+    print(f"{near:.0%} of the genes with a position have a peak within 2 kb of their TSS; {shifted:.0%} have one "
+          f"{SHIFT // 1000} kb away" + ("" if near > 1.2 * shifted else
+          ". Promoters should stand out: are genes and peaks of one genome build?"))
+    spool = accessibility(cells, table)
+    never = table.index[sum(np.bincount(block.indices, minlength=len(table)) for _, block in spool.blocks()) == 0]
+    nowhere = table.index[table["start"].isna()]
+    print(f"accessibility is zero for {len(nowhere):,} genes without a position (first: {', '.join(nowhere[:3])}) and "
+          f"{len(never) - len(nowhere):,} without an open peak nearby")
+    facts = _facts("precompute_embeddings genes", key, start, {"encoder": of_atac["encoder"]}, cells,
+                   metrics=dict(promoter_share=near, promoter_share_shifted=shifted),
+                   genes_without_position=list(nowhere), genes_never_open=list(never.difference(nowhere)))
+    encoder = fit_gene_embeddings(spool, obs, table) if pca else None
+    artifacts.save("gene_accessibility.npz", spool.write_npz, rows=len(spool), shape=[len(spool), len(table)],
+                   ids=artifacts.hash_ids(obs.index), columns=artifacts.hash_ids(table.index), **facts)
+    if pca:
+        emb = gene_embeddings(artifacts.load_model("rna_encoder.pt")["gene_loadings"], encoder["gene_loadings"])
+        spaces = {"rna": of_rna["space"], "atac": linear_encoder.space(encoder)}
+        facts |= dict(encoder="pca", space=linear_encoder.space(spaces))
+        artifacts.save_model("gene_encoder.pt", as_tensors(encoder), **facts)
+        artifacts.save_array("gene_embeddings.npy", emb, table.index, **facts)
+    print(f"precompute_embeddings genes: {len(table):,} genes in {len(obs):,} cells, {time.time() - start:.0f} s -> "
+          f"{config.OUT_DIR}/gene_accessibility.npz" + (", gene_embeddings.npy" if pca else ""))
+
+
+def accessibility(cells, table):
+    """Gene accessibility (N_a, G), on disk: counts of all peaks of each file times that file's peak-gene weights."""
+    spool = loader.Spool(len(table))
+    for source, counts, rows, _ in cells.sources:
+        weights = loader.gene_peak_weights(counts.features, table, config.GENE_WINDOW, config.GENE_DECAY)
+        with tqdm(total=len(rows), unit="cell", desc=f"gene accessibility, {source}", leave=False, disable=None) as bar:
+            for _, block in counts.blocks(rows):
+                spool.append((block @ weights).sorted_indices())
+                bar.update(block.shape[0])
+    return spool
+
+
+def fit_gene_embeddings(spool, obs, table):
+    """PCA of the genes' log-normalised accessibility, with the loadings of the genes on it."""
+    depth = obs["n_counts"].to_numpy()
+    blocks = spooled(spool, "PCA of gene accessibility", depth)
+    encoder = linear_encoder.fit_pca(blocks, list(table.index), float(np.median(depth)), RANK, config.SEED)
+    z = np.vstack([linear_encoder.pca_transform(c, d, encoder) for c, d in blocks()])
+    encoder["gene_loadings"] = linear_encoder.pca_gene_loadings(blocks, z, encoder)
+    return encoder
+
+
+def gene_embeddings(expression, accessible):
+    """Embeddings (G, 512) from loadings (G, k) on the PCA of expression and on that of gene accessibility.
+
+        e_g = sqrt(DIM / 2) [ loadings of expression, 0 ... | loadings of accessibility, 0 ... ]
+
+    Loadings are correlations, so each half has norm sqrt(256) R, R^2 the share of the gene's variance that the
+    components explain. The norm is at most sqrt(512), what the layer norm of the scGPT gene encoder gives.
+    """
+    half = config.DIM // 2
+    return np.sqrt(half) * np.hstack([linear_encoder.pad(x, half) for x in (expression, accessible)]).astype(np.float32)
+
+
+# --- records ------------------------------------------------------------------------------------------------
+
+def _key(modality, files, encoder, max_cells, settings):
+    values = config.snapshot()
+    files = dict(files, gtf=config.GTF_FILE if modality == "rna" else None)
+    chosen = {name: values[name] for name in (*settings, "DIM", "HYENADNA_D_MODEL")}
+    return artifacts.stage_key(modality, files, dict(chosen, encoder=encoder, max_cells=max_cells))
+
+
+def _facts(stage, key, start, encoder, cells, **more):
+    """What every record of a stage says."""
+    singular = encoder.get("singular_values")
+    metrics = dict(more.pop("metrics", {}), cells=len(cells.obs), features=len(cells.features))
+    if singular is not None:
+        metrics["singular_values"] = np.asarray(singular).round(4)
+    return dict(stage=stage, key=key, seconds=round(time.time() - start, 1), encoder=encoder["encoder"],
+                space=linear_encoder.space(encoder), metrics=metrics, inputs=cells.files, max_cells=cells.max_cells,
+                place={source: counts.place for source, counts, *_ in cells.sources}, **more)
+
+
+def _save_cells(modality, z, width, obs, facts):
+    """The embedding, padded with zeros to its width row by row, and the table of the cells."""
+    def write(f):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(z), width)}
+        np.lib.format.write_array_header_1_0(f, header)
+        for first in range(0, len(z), config.BLOCK_ROWS):
+            f.write(linear_encoder.pad(z[first:first + config.BLOCK_ROWS], width).data)
+
+    artifacts.save(f"effendi_{modality}_emb.npy", write, rows=len(z), shape=[len(z), width],
+                   ids=artifacts.hash_ids(obs.index), **facts)
+    artifacts.save_table(f"effendi_{modality}_obs.csv", obs, **facts)
+    artifacts.save(f"effendi_{modality}_obs.pkl", lambda f: obs.to_pickle(f), rows=len(obs), **facts)
+
+
+def as_tensors(encoder):
+    """The encoder as plain values and tensors, for a .pt that loads with weights_only=True."""
+    return {key: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+            for key, value in encoder.items()}
+
+
+def main(argv=None):
+    def file(setting, text):
+        return dict(dest=setting, metavar="FILE", help=text)
+
+    args = config.from_args(__doc__, argv, {
+        "stage": dict(choices=["rna", "atac", "genes"]),
+        "--rna": file("RNA_FILE", "raw counts, cells x genes"), "--atac": file("ATAC_FILE", "cells x peaks"),
+        "--multiome": file("MULTIOME_FILE", "both, a 10x .h5 or .h5mu"),
+        "--unpaired-rna": file("UNPAIRED_RNA_FILE", "an atlas for Stage 1"),
+        "--unpaired-atac": file("UNPAIRED_ATAC_FILE", "an atlas for Stage 1"),
+        "--gtf": file("GTF_FILE", "gene positions (.gtf or .gtf.gz), instead of those in the file"),
+        "--max-cells": dict(type=int, metavar="N", help="use N cells of each file, the same ones in both modalities"),
+    })
+    if args.max_cells is not None and args.max_cells < 2:
+        raise ValueError(f"--max-cells {args.max_cells}: give 2 or more.")
+    if args.stage == "genes":
+        genes()
+    else:
+        {"rna": rna, "atac": atac}[args.stage](args.max_cells)
+
+
+if __name__ == "__main__":
+    config.script(main)

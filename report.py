@@ -1,0 +1,180 @@
+"""report.html: what was run, the delays, the pictures, and every check with its verdict. One file, no network.
+
+Reads   gene_tau_estimates.csv, validation.json, the curves, effendi.h5ad, records, TRUTH_FILE
+Writes  report.html, report_tau.png (and report_recovery.png where the planted delays are known)
+Run     python report.py --truth effendi_output/simulated/truth.csv
+"""
+import base64
+import html
+import io
+import json
+import time
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+import artifacts
+import config
+
+INPUTS = ("gene_tau_estimates.csv", "validation.json", "train_vf_curve.csv", "train_delay_curve.csv", "effendi.h5ad")
+BLUE, ORANGE, GREY = "#2b6ca3", "#d2691e", "#8a8a8a"
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;font-size:13px}td,th{padding:3px 10px;border-bottom:1px solid #ddd;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}.pass{color:#1a7f37}.fail{color:#b3261e;font-weight:600}
+.verdict{border-left:5px solid;padding:.6em 1em;background:#f6f6f6}img{max-width:100%}"""
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+
+def new_figure(columns, height=3.6):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, columns, figsize=(4.6 * columns, height), layout="constrained", squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def png(figure):
+    import matplotlib.pyplot as plt
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def tau_picture(table):
+    """Distribution of tau over genes, and its spread over cells against its size."""
+    figure, (left, right) = new_figure(2)
+    left.hist(table["tau"], bins=40, color=BLUE)
+    left.set(xlabel="delay τ_g (ODE time)", ylabel="genes", title=f"{len(table)} genes")
+    right.scatter(table["tau"], table["cell_sd"], s=8, color=BLUE, alpha=0.6, linewidths=0)
+    right.set(xlabel="delay τ_g (ODE time)", ylabel="sd of τ over cells (ODE time)", title="between genes and between cells")
+    return png(figure)
+
+
+def recovery_picture(table, truth):
+    """Estimated against planted delay, genes whose accessibility changes and genes that carry no signal apart."""
+    both = table.join(truth, how="inner", rsuffix="_true")
+    signal = (both["changes"] & both["has_link"]).astype(bool)
+    figure, (axis,) = new_figure(1, 4.4)
+    if "tau_low" in both and both["tau_low"].notna().any():
+        shown = both[signal]
+        axis.errorbar(shown["tau_true"], shown["tau"], yerr=[shown["tau"] - shown["tau_low"], shown["tau_high"] - shown["tau"]],
+                      fmt="none", ecolor=GREY, alpha=0.25, lw=0.8)
+    axis.scatter(both["tau_true"][~signal], both["tau"][~signal], s=10, color=GREY, label="no signal planted", linewidths=0)
+    axis.scatter(both["tau_true"][signal], both["tau"][signal], s=12, color=BLUE, label="accessibility changes", linewidths=0)
+    rho = spearmanr(both["tau"][signal], both["tau_true"][signal]).statistic
+    axis.set(xscale="log", yscale="log", xlabel="planted delay (time units of the simulation)",
+             ylabel="estimated delay τ_g (ODE time)", title=f"Spearman {rho:.2f} over {int(signal.sum())} genes")
+    axis.legend(frameon=False, loc="best", fontsize=8)
+    return png(figure)
+
+
+def curve_picture(stage1, stage2):
+    """Held-out losses per epoch; a dashed line where Stage 2.2 begins."""
+    figure, (left, right) = new_figure(2)
+    for axis, curve, title in ((left, stage1, "Stage 1"), (right, stage2, "Stage 2")):
+        curve = curve.set_axis(curve.index.astype(int))
+        numbers = curve.select_dtypes("number")
+        for name in numbers:
+            axis.plot(curve.index, numbers[name], label=name, lw=1.4)
+        axis.set(xlabel="epoch", ylabel="held-out value", title=title, yscale="log" if (numbers > 0).all(None) else "linear")
+        axis.legend(frameon=False, fontsize=7)
+        if "stage" in curve and (curve["stage"].astype(str) == "2.2").any():
+            axis.axvline(curve.index[curve["stage"].astype(str) == "2.2"][0] - 0.5, color=GREY, ls="--", lw=1)
+    return png(figure)
+
+
+def cells_picture(cells):
+    """Where the flow carries the cells: z_A and phi_tau(z_A) on the two leading axes of z_A."""
+    z, moved = np.asarray(cells.obsm["z_A"]), np.asarray(cells.obsm["phi_tau_z_A"])
+    some = np.random.default_rng(0).permutation(len(z))[:800]
+    centre = z[some].mean(0)
+    axes = np.linalg.svd(z[some] - centre, full_matrices=False)[2][:2].T
+    start, end = (z[some] - centre) @ axes, (moved[some] - centre) @ axes
+    figure, (axis,) = new_figure(1, 4.2)
+    axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, width=0.002, color=GREY, alpha=0.5)
+    axis.scatter(*start.T, s=5, color=BLUE, label="z_A (ATAC)", linewidths=0)
+    axis.scatter(*end.T, s=5, color=ORANGE, label="φ_τ̄(z_A)", linewidths=0)
+    axis.set(xlabel="axis 1 of z_A (latent units)", ylabel="axis 2 of z_A (latent units)", title=f"{len(some)} cells")
+    axis.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+def image(data, text):
+    return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'
+
+
+def checks_html(checks):
+    rows = []
+    for c in checks:
+        value = "" if c["value"] is None else f"{c['value']:.3g}"
+        control = "; ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in c["control"].items())
+        kind = c["verdict"].split(":")[0]
+        rows.append(f"<tr><td>{c['layer']}</td><td>{html.escape(c['check'])}</td><td class=n>{value}</td>"
+                    f"<td>{html.escape(c['threshold'] or '')}</td><td class=n>{c['n'] or ''}</td><td>{control}</td>"
+                    f'<td class="{kind}">{html.escape(c["verdict"])}</td><td>{html.escape(c["note"])}</td></tr>')
+    return ("<table><tr><th>layer<th>check<th>value<th>threshold<th>n<th>controls<th>verdict<th>note</tr>"
+            + "".join(rows) + "</table>")
+
+
+def table_html(table, n=12):
+    shown = pd.concat([table.head(n), table.tail(n)]) if len(table) > 2 * n else table
+    return shown.to_html(float_format=lambda v: f"{v:.3f}", border=0, na_rep="")
+
+
+def page(table, checks, pictures, facts):
+    counts = pd.Series([c["verdict"].split(":")[0] for c in checks]).value_counts()
+    meaning = facts.pop("meaning")
+    return f"""<!doctype html><html lang=en><meta charset=utf-8><title>Effendi report</title><style>{STYLE}</style>
+<h1>Effendi report</h1>
+<p class=verdict>{html.escape(meaning)}</p>
+<table>{''.join(f'<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>' for k, v in facts.items())}</table>
+<h2>Delays</h2><p>τ is in ODE time, not hours; the shortest and the longest are shown, all are in
+gene_tau_estimates.csv.</p>{''.join(image(data, text) for text, data in pictures.items())}
+{table_html(table)}
+<h2>Checks</h2><p>{', '.join(f'{n} {v}' for v, n in counts.items())}. A check that did not run is not a pass.</p>
+{checks_html(checks)}</html>"""
+
+
+def run():
+    inputs = {name: artifacts.existing(name) for name in INPUTS} | {"truth": config.TRUTH_FILE}
+    key = artifacts.stage_key("report", inputs, ())
+    if artifacts.is_done(key, "report.html"):
+        print("report: up to date")
+        return
+    import anndata
+    start = time.time()
+    table, stage1, stage2 = (artifacts.load_table(name) for name in (INPUTS[0], INPUTS[2], INPUTS[3]))
+    checks = json.loads(artifacts.path("validation.json").read_text())
+    cells = anndata.read_h5ad(artifacts.path("effendi.h5ad"))
+    pictures = {"distribution of delays": tau_picture(table)}
+    artifacts.save("report_tau.png", lambda f: f.write(pictures["distribution of delays"]), stage="report", key=key)
+    if config.TRUTH_FILE:
+        recovery = recovery_picture(table, pd.read_csv(config.TRUTH_FILE, index_col=0))
+        pictures = {"estimated against planted delay": recovery, **pictures}
+        artifacts.save("report_recovery.png", lambda f: f.write(recovery), stage="report", key=key)
+    pictures |= {"cells before and after the flow": cells_picture(cells), "learning curves": curve_picture(stage1, stage2)}
+    training = artifacts.record("gene_tau_estimates.csv")
+    facts = {"meaning": training["meaning"], "cells": cells.n_obs, "genes": len(table),
+             "RNA embedding": artifacts.record("effendi_rna_emb.npy")["encoder"],
+             "ATAC embedding": artifacts.record("effendi_atac_emb.npy")["encoder"],
+             "objective": training["config"]["OBJECTIVE"], "seed": config.SEED,
+             "training": f"{training['seconds']:.0f} s", "versions": f"Python {training['python']}, torch {training['torch']}"}
+    artifacts.save_text("report.html", page(table, checks, pictures, facts), stage="report", key=key,
+                        seconds=round(time.time() - start, 1))
+    print(f"report: {len(pictures)} pictures, {len(checks)} checks -> {config.OUT_DIR}/report.html")
+
+
+def main(argv=None):
+    config.from_args(__doc__, argv, {"--truth": dict(dest="TRUTH_FILE", metavar="CSV", help="planted delays")})
+    run()
+
+
+if __name__ == "__main__":
+    config.script(main)
