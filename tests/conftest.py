@@ -1,8 +1,11 @@
 """Fixtures that every test file shares."""
+import os
 import sys
 from pathlib import Path
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"         # tiny tensors: a second thread only waits, here and in the child processes
+
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
