@@ -141,14 +141,13 @@ class EffendiVectorField(nn.Module):
         dt = t_end / n_steps
         u = torch.addmm(first.bias, z0, w1.T)                                   # (B, H)
         step_matrix, step_bias = dt * (w1 @ w3).T, dt * (w1 @ b3)
-        hidden = []
-        for _ in range(n_steps):
-            h = torch.addmm(second.bias, torch.tanh(u), w2.T).tanh()            # (B, H)
-            hidden.append(h)
-            u = u + torch.addmm(step_bias, h, step_matrix)
         later = weights.flip(-1).cumsum(-1).flip(-1)                            # sum_(s>=r) w_s
         c = later[..., 1:]                                                      # (B, K, S)
-        summed = torch.einsum("bks,sbh->bkh", c, torch.stack(hidden))           # (B, K, H)
+        summed = 0
+        for c_r in c.unsqueeze(-1).unbind(2):                                   # (B, K, 1), step by step
+            h = torch.addmm(second.bias, torch.tanh(u), w2.T).tanh_()           # (B, H)
+            summed = summed + c_r * h[:, None]                                  # (B, K, H)
+            u = torch.addmm(u, h, step_matrix).add_(step_bias)
         moved = summed @ w3.T + c.sum(-1, keepdim=True) * b3                    # (B, K, dim)
         return later[..., :1] * z0[:, None, :] + dt * moved
 
