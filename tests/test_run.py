@@ -1,0 +1,216 @@
+"""The whole pipeline on a small simulated population: every artifact, skipping, resuming, bad input."""
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import artifacts
+import config
+import run
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--set", "SIM_CELLS=240", "--set", "SIM_GENES=60", "--set", "VF_EPOCHS=3", "--set", "STAGE1_EPOCHS=2",
+         "--set", "STAGE2_EPOCHS=2", "--set", "BATCH_SIZE=64", "--set", "N_STEPS=20", "--set", "THREADS=1",
+         "--set", "DEVICE=cpu"]
+ARTIFACTS = ["effendi_rna_emb.npy", "effendi_rna_obs.pkl", "effendi_atac_emb.npy", "effendi_atac_obs.pkl",
+             "peak_embeddings.npy", "gene_embeddings.npy", "align_mlp.pt", "vector_field_frozen.pt",
+             "effendi_stage1.pt", "effendi_final.pt", "effendi.pt", "gene_tau_estimates.csv", "effendi.h5ad",
+             "validation.json", "report.html"]
+STAGES = {      # the file whose arrival says that the stage before has ended -> the stage that then runs
+    None: "simulate", "simulated.txt.json": "rna", "genes.csv.json": "atac", "peaks.csv.json": "genes",
+    "gene_embeddings.npy.json": "train_vf", "train_vf_curve.csv.json": "train_delay",
+    "gene_tau_estimates.csv.json": "validate", "validation.json.json": "report",
+}
+
+
+@pytest.fixture(params=["specification"])
+def objective(request):
+    return ["--set", f"OBJECTIVE={request.param}"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of an uninterrupted run per objective, made on first use."""
+    done = {}
+    def folder(objective):
+        if objective[1] not in done:
+            done[objective[1]] = str(tmp_path_factory.mktemp("finished"))
+            in_child(objective, done[objective[1]]).join()
+        return Path(done[objective[1]])
+    return folder
+
+
+def in_child(objective, out):
+    """run.py in a forked process, so that it can be killed and the modules need loading only once."""
+    def quietly():
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+            run.main([*SMALL, *objective, "--out", out])
+    child = multiprocessing.get_context("fork").Process(target=quietly)
+    child.start()
+    return child
+
+
+def contents(folder):
+    """Every array, tensor and table of a run as numpy arrays or text, by file and name."""
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".npy":
+            found[path.name] = np.load(path)
+        elif path.suffix == ".npz":
+            config.OUT_DIR = str(folder)
+            found[path.name] = artifacts.load_sparse(path.name).toarray()
+        elif path.suffix == ".pt":
+            for name, value in torch.load(path, weights_only=True).get("state_dict", {}).items():
+                found[f"{path.name}:{name}"] = value.numpy()
+        elif path.suffix == ".csv":
+            found[path.name] = path.read_text()
+        elif path.suffix == ".h5ad":
+            cells = anndata.read_h5ad(path)
+            found |= {f"{path.name}:{k}": np.asarray(v) for k, v in [*cells.obsm.items(), *cells.layers.items()]}
+    return found
+
+
+def test_every_artifact_of_the_specification_is_written_with_its_record(finished, objective):
+    folder = finished(objective)
+    config.OUT_DIR = str(folder)
+    for name in ARTIFACTS:
+        meta = artifacts.record(name)
+        assert {"stage", "key", "config", "torch", "bytes"} <= set(meta), name
+    assert artifacts.load_array("effendi_rna_emb.npy", (240, 512)).dtype == np.float32
+    assert artifacts.load_array("effendi_atac_emb.npy", (240, 256)).shape == (240, 256)
+    table = artifacts.load_table("gene_tau_estimates.csv")
+    assert {"tau", "tau_low", "tau_high", "cell_sd", "n_cells", "identifiable"} <= set(table.columns)
+    cells = anndata.read_h5ad(folder / "effendi.h5ad")
+    assert cells.obsm["z_A"].shape == cells.obsm["z_R"].shape == cells.obsm["phi_tau_z_A"].shape == (240, 512)
+    assert cells.layers["tau"].shape == cells.layers["y_hat"].shape == (240, len(table))
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.resume.pt"))
+
+
+def test_every_check_has_a_verdict_and_what_did_not_run_did_not_pass(finished, objective):
+    for c in json.loads((finished(objective) / "validation.json").read_text()):
+        assert c["verdict"] in ("pass", "fail", "report") or c["verdict"].startswith("not run: ")
+        assert (c["value"] is None) == c["verdict"].startswith("not run")
+
+
+def test_a_second_run_skips_every_stage_and_changes_no_file(finished, objective, capsys):
+    folder = finished(objective)
+    before = {p.name: (p.stat().st_mtime_ns, artifacts.hash_file(p)) for p in folder.iterdir() if p.is_file()}
+    before.pop(".lock")
+    run.main([*SMALL, *objective, "--out", str(folder)])
+    after = {p.name: (p.stat().st_mtime_ns, artifacts.hash_file(p)) for p in folder.iterdir() if p.is_file()}
+    assert {name: after[name] for name in before} == before
+    assert capsys.readouterr().out.count("up to date") == len(STAGES)
+
+
+def test_the_same_seed_gives_the_same_files(finished, objective, tmp_path):
+    in_child(objective, str(tmp_path)).join()
+    equal(contents(tmp_path), contents(finished(objective)))
+
+
+def equal(got, want):
+    assert sorted(got) == sorted(want)
+    for name, value in want.items():
+        assert np.array_equal(got[name], value, equal_nan=True) if isinstance(value, np.ndarray) else got[name] == value, name
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_a_random_moment_of_every_stage_it_ends_with_the_uninterrupted_tensors(finished, objective, tmp_path, seed):
+    whole, draw = finished(objective), random.Random(seed)
+    seconds = {stage: json.loads((whole / last).read_text()).get("seconds", 1)
+               for stage, last in zip(list(STAGES.values()), [*list(STAGES)[1:], "report.html.json"])}
+    for signpost, stage in STAGES.items():
+        child = in_child(objective, str(tmp_path))
+        while signpost and child.is_alive() and not (tmp_path / signpost).exists():
+            time.sleep(0.005)
+        time.sleep(draw.random() * seconds[stage])
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        nothing_is_half_written(tmp_path)
+    child = in_child(objective, str(tmp_path))
+    child.join()
+    assert child.exitcode == 0
+    equal(contents(tmp_path), contents(whole))
+
+
+def nothing_is_half_written(folder):
+    """Whatever has a record is whole; whatever has none is refused by the readers (test_artifacts.py)."""
+    config.OUT_DIR = str(folder)
+    for meta in folder.glob("*.json"):
+        name = meta.name.removesuffix(".json")
+        if (folder / name).exists() and meta.with_name(name + ".json") == meta and "." in name:
+            assert artifacts.hash_file(folder / name) == artifacts.record(name)["blake2b"], name
+
+
+def test_changing_a_setting_repeats_the_stages_that_read_it_and_no_other(finished, objective, tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    run.main([*SMALL, *objective, *out])
+    capsys.readouterr()
+    run.main([*SMALL, *objective, *out, "--set", "STAGE2_EPOCHS=1"])
+    printed = capsys.readouterr().out
+    assert "train_vf: up to date" in printed and "train_delay: up to date" not in printed
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    config.OUT_DIR = str(tmp_path)
+    lock = run.lock_folder()
+    done = script("run.py", *SMALL, "--out", str(tmp_path))
+    assert done.returncode == 2 and "another run is writing" in done.stderr
+    lock.close()
+
+
+def script(name, *args):
+    return subprocess.run([sys.executable, name, *args], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("args,message", [
+    (["--rna", "a.h5ad"], "--atac is missing"),
+    (["--atac", "a.h5ad"], "--rna is missing"),
+    (["--multiome", "m.h5", "--rna", "a.h5ad"], "either it, or --rna and --atac"),
+    (["--unpaired-rna", "a.h5ad"], "Stage 2 needs paired cells"),
+    (["--rna", "nowhere.h5ad", "--atac", "nowhere2.h5ad"], "nowhere.h5ad not found")])
+def test_inputs_that_cannot_be_meant_end_with_status_2_before_anything_is_written(args, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.script(lambda: run.main([*args, "--out", str(tmp_path / "new")]))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("stage,needs", [("train_vf.py", "effendi_atac_emb.npy"), ("train_delay.py", "effendi_atac_emb.npy"),
+                                         ("validate.py", "effendi.pt"), ("report.py", "gene_tau_estimates.csv")])
+def test_a_stage_without_its_input_names_it_and_the_command_that_makes_it(stage, needs, tmp_path):
+    done = script(stage, "--out", str(tmp_path / "empty"))
+    assert done.returncode == 2 and needs in done.stderr and "Make it with: python" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "empty").exists()
+
+
+def test_artifacts_of_two_runs_do_not_mix(finished, objective, tmp_path):
+    import shutil
+    folder = tmp_path / "mixed"
+    shutil.copytree(finished(objective), folder)
+    config.OUT_DIR = str(folder)
+    emb = artifacts.load_array("effendi_rna_emb.npy", (None, 512))
+    artifacts.save_array("effendi_rna_emb.npy", emb[::-1], [f"other{i}" for i in range(len(emb))])
+    (folder / "effendi.pt.json").unlink()
+    done = script("train_delay.py", *SMALL, *objective, "--out", str(folder))
+    assert done.returncode == 2 and "do not describe the same rows" in done.stderr
+
+
+def test_shuffled_truth_is_not_recovered_and_its_control_stands_beside_it(finished, objective):
+    checks = json.loads((finished(objective) / "validation.json").read_text())
+    row = next(c for c in checks if c["check"] == "recovery of planted delays")
+    assert set(row["control"]) == {"untrained", "shuffled_genes"}
+    truth = pd.read_csv(finished(objective) / "simulated" / "truth.csv", index_col=0)
+    assert row["n"] == int((truth["changes"] & truth["has_link"]).sum())
