@@ -370,7 +370,7 @@ def _tenx(path, modality, group):
     var = pd.DataFrame({"gene_id": var["id"], "feature_types": var["feature_type"],
                         **{k: var[k] for k in ("interval", "genome") if k in var}}, index=var["name"])
     obs = pd.DataFrame(index=group["barcodes"].asstr()[:])
-    rows = _Rows(group, "csr", group["shape"][::-1])
+    rows = _Rows(group, "csr", group["shape"][:][::-1])
     problem = values_problem(rows.probe())
     if problem:
         raise ValueError(f"{path}: matrix has {problem}.\n  {FLAG[modality]} needs raw counts: non-negative integers.")

@@ -32,6 +32,19 @@ def leading_eigenvectors(product, n, k, seed=0, passes=5, oversample=10):
 
     product(Q) = A Q is called `passes` times with at most k + oversample columns, fewer if they span R^n before.
     """
+    from threadpoolctl import threadpool_limits
+
+    # These matrices are thin: more BLAS threads save nothing, cost seconds where cores are shared, and would make
+    # the last bits depend on their number.
+    with threadpool_limits(1, "blas"):
+        values, vectors = _block_lanczos(product, n, min(k, n), seed, passes, oversample)
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors *= np.where(vectors[largest, np.arange(len(values))] < 0, -1.0, 1.0)
+    return np.maximum(values, 0), vectors
+
+
+def _block_lanczos(product, n, k, seed, passes, oversample):
+    """Ritz values (k,), largest first, and Ritz vectors (n, k) of A in the span of Q, A Q, A^2 Q, ..."""
     rng = np.random.default_rng(seed)
     width = min(k + oversample, n)
     q = np.linalg.qr(rng.standard_normal((n, width)))[0]
@@ -54,11 +67,8 @@ def leading_eigenvectors(product, n, k, seed=0, passes=5, oversample=10):
             q = np.linalg.qr(q - basis @ (basis.T @ q))[0]
         basis = np.hstack([basis, q])
     values, vectors = np.linalg.eigh((projected + projected.T) / 2)
-    top = np.argsort(values)[::-1][:min(k, n)]
-    vectors = basis @ vectors[:, top]
-    largest = np.abs(vectors).argmax(axis=0)
-    vectors *= np.where(vectors[largest, np.arange(len(top))] < 0, -1.0, 1.0)
-    return np.maximum(values[top], 0), vectors
+    top = np.argsort(values)[::-1][:k]
+    return values[top], basis @ vectors[:, top]
 
 
 def pad(z, width):
@@ -96,13 +106,12 @@ def fit_pca(blocks, genes, target, n_components=50, seed=0, passes=5):
     mean = total / n
 
     def product(q):
-        """Xc^T Xc q, without ever centring X: Xc q = X q - 1 (mean q)."""
-        out, sums = 0.0, 0.0
+        """Xc^T Xc q without centring X: Xc q = X q - 1 (mean q), and as its columns sum to 0, Xc^T may be X^T."""
+        out = 0.0
         for counts, depth in blocks():
             x = log_normalise(counts, depth, target)
-            y = x @ q - mean @ q
-            out, sums = out + x.T @ y, sums + y.sum(axis=0)
-        return out - np.outer(mean, sums)
+            out = out + x.T @ (x @ q - mean @ q)
+        return out
 
     k = min(n_components, len(genes), n - 1)
     values, vectors = leading_eigenvectors(product, len(genes), k, seed, passes)

@@ -163,7 +163,7 @@ def scan(cells):
         names = cells.obs.index[empty]
         print(f"{empty.sum():,} cells without a single {cells.modality} count are left out (first: {names[0]})")
         cells.keep(~empty)
-    cells.obs["n_counts"] = depth[~empty]
+    cells.obs["n_counts"] = depth[~empty].astype(np.int64)
     cells.obs = cells.obs[["source", "n_counts", *cells.obs.columns.drop(["source", "n_counts"])]]
     return totals, n_cells, sp.vstack(sample).tocsr() if sample else None, int(empty.sum())
 
@@ -303,7 +303,7 @@ def rna(max_cells=None):
     totals, n_cells, sample, empty = scan(cells)
     chosen = choose_genes(cells.features, n_cells, sample)
     genes = cells.features[chosen].assign(mean=totals[chosen] / len(cells.obs), n_cells=n_cells[chosen])
-    genes = genes.rename_axis("gene")
+    genes = genes.rename_axis("gene").astype({"start": "Int64", "end": "Int64"})
     nowhere = genes.index[genes["start"].isna()]
     if len(nowhere):
         print(f"{len(nowhere):,} of {len(genes):,} genes have no position, so no accessibility "

@@ -97,6 +97,7 @@ def main(argv=None):
     if not (config.RNA_FILE or config.MULTIOME_FILE):
         print("no data given: simulating a multiome data set with known delays")
         simulate_input()
+    precompute_embeddings.check_inputs()
     precompute_embeddings.rna()
     precompute_embeddings.atac()
     precompute_embeddings.genes()

@@ -64,7 +64,12 @@ def test_few_passes_suffice_when_the_spectrum_has_a_gap():
     u = np.linalg.qr(RNG.standard_normal((2000, 2000)))[0][:, :100]
     spectrum = np.r_[np.linspace(10, 5, 20), np.linspace(2, 0.1, 80)]
     calls = []
-    values, _ = le.leading_eigenvectors(lambda q: calls.append(q.shape) or u @ (spectrum[:, None] * (u.T @ q)), 2000, 20)
+
+    def product(q):
+        calls.append(q.shape)
+        return u @ (spectrum[:, None] * (u.T @ q))
+
+    values, _ = le.leading_eigenvectors(product, 2000, 20)
     assert calls == [(2000, 30)] * 5
     np.testing.assert_allclose(values, spectrum[:20], rtol=1e-6)        # (2 / 5)^(2 * 5 * 2) is 1e-8
 
@@ -96,13 +101,14 @@ def test_pca_centres_the_cells_and_their_mean_squared_norm_is_one():
 @pytest.mark.parametrize("embed", [pca_of, lsi_of])
 def test_the_size_of_the_blocks_does_not_matter(embed):
     counts = clusters()
-    np.testing.assert_allclose(embed(counts, size=7)[1], embed(counts, size=1000)[1], atol=1e-7)    # order of float64 sums
+    small, large = embed(counts, size=7)[1], embed(counts, size=1000)[1]
+    np.testing.assert_allclose(small, large, atol=1e-7)                 # order of float64 sums
 
 
 @pytest.mark.parametrize("embed", [pca_of, lsi_of])
 def test_permuted_cells_give_permuted_rows(embed):
     counts, order = clusters(), np.random.default_rng(1).permutation(300)
-    np.testing.assert_allclose(embed(counts[order])[1], embed(counts)[1][order], atol=1e-7)         # order of float64 sums
+    np.testing.assert_allclose(embed(counts[order])[1], embed(counts)[1][order], atol=1e-7)     # order of the sums
 
 
 @pytest.mark.parametrize("embed", [pca_of, lsi_of])
@@ -150,7 +156,7 @@ def test_a_gene_outside_the_fit_gets_the_loading_it_would_have_had_in_other_cell
     def half():
         yield twin[::2], depth[::2]
     again = le.pca_gene_loadings(half, z[::2], encoder)
-    np.testing.assert_allclose(again, known[[3, 17]], atol=4 / np.sqrt(2000))       # four standard errors of a correlation
+    np.testing.assert_allclose(again, known[[3, 17]], atol=4 / np.sqrt(2000))       # 4 standard errors of a correlation
 
 
 def test_a_gene_that_does_not_vary_has_loading_zero():

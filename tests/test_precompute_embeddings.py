@@ -1,0 +1,386 @@
+"""Stage 0 as a user runs it: what it writes, that it is skipped or repeated rightly, and what it refuses."""
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+import artifacts
+import config
+import linear_encoder as le
+import precompute_embeddings as pre
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+CELLS, GENES, PEAKS = 120, 30, 90
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    for name, value in config.snapshot().items():
+        monkeypatch.setattr(config, name, value)
+    monkeypatch.setattr(config, "OUT_DIR", str(tmp_path / "out"))
+    monkeypatch.setattr(config, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(config, "GENE_DECAY", 5_000.0)                  # the closed forms below assume it
+    monkeypatch.setattr(config, "RNA_ENCODER", "pca")
+    monkeypatch.setattr(config, "ATAC_ENCODER", "lsi")
+
+
+def make(kind, cells=CELLS, seed=0, prefix="cell"):
+    """Small paired data: genes every 100 kb on chr1, three peaks around each; four kinds of cells."""
+    rng = np.random.default_rng(seed)
+    features = GENES if kind == "rna" else PEAKS
+    profile = np.random.default_rng(9).gamma(0.5, size=(4, features)) + 0.1
+    x = sp.csr_matrix(rng.poisson(profile[np.arange(cells) % 4] * rng.lognormal(0, 0.3, (cells, 1))).astype(np.float32))
+    x = x.toarray()
+    x[:, 0] = 1                                                         # no cell is empty
+    obs = pd.DataFrame({"time_h": np.arange(cells) % 3, "kind": pd.Categorical(list("abcd" * cells)[:cells])},
+                       index=[f"{prefix}{i}-1" for i in range(cells)])
+    at = np.arange(1, GENES + 1) * 100_000
+    if kind == "rna":
+        var = pd.DataFrame({"chrom": "chr1", "start": at, "end": at + 20_000, "strand": "+"},
+                           index=[f"GENE{i}" for i in range(GENES)])
+        var.loc["GENE7", ["chrom", "start", "end", "strand"]] = ["", -1, -1, ""]
+    else:
+        var = pd.DataFrame(index=[f"chr1:{a + d}-{a + d + 500}" for a in at for d in (-200, 9_000, 30_000)])
+    return anndata.AnnData(sp.csr_matrix(x), obs, var, uns={"genome": "GRCh38"})
+
+
+def saved(tmp_path, name, data):
+    data.write_h5ad(tmp_path / f"{name}.h5ad")
+    return str(tmp_path / f"{name}.h5ad")
+
+
+def both(tmp_path, rna=None, atac=None):
+    return ["--rna", saved(tmp_path, "rna", make("rna") if rna is None else rna),
+            "--atac", saved(tmp_path, "atac", make("atac") if atac is None else atac), "--out", str(tmp_path / "out")]
+
+
+def run_all(arguments):
+    for stage in ("rna", "atac", "genes"):
+        pre.main([stage, *arguments])
+
+
+# --- what it writes --------------------------------------------------------------------------------------------------
+
+def test_every_artifact_has_its_shape_and_its_rows(tmp_path):
+    run_all(both(tmp_path))
+    z = artifacts.load_array("effendi_rna_emb.npy", (CELLS, 512))
+    assert z.dtype == np.float32 and not z[:, GENES:].any()
+    artifacts.load_array("effendi_atac_emb.npy", (CELLS, 256))
+    artifacts.load_array("peak_embeddings.npy", (PEAKS, 256))
+    artifacts.load_array("gene_embeddings.npy", (GENES, 512))
+    artifacts.same_rows("effendi_rna_emb.npy", "effendi_rna_obs.csv", "gene_expression.npz")
+    artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz")
+    artifacts.same_rows("genes.csv", "gene_embeddings.npy")
+    artifacts.same_rows("gene_expression.npz", "gene_accessibility.npz", field="columns")
+    obs, genes = artifacts.load_table("effendi_rna_obs.csv"), artifacts.load_table("genes.csv")
+    assert list(obs.columns) == ["source", "n_counts", "time_h", "kind"] and (obs["source"] == "paired").all()
+    assert "100000," in artifacts.path("genes.csv").read_text()         # positions are whole numbers
+    assert list(genes.columns) == ["gene_id", "chrom", "start", "end", "strand", "mean", "n_cells"]
+    assert list(artifacts.load_table("peaks.csv").columns) == ["chrom", "start", "end", "n_cells", "kept"]
+    for name in pre.RNA_FILES + pre.ATAC_FILES + pre.GENE_FILES + pre.PCA_GENE_FILES:
+        record = artifacts.record(name)
+        assert record["space"] and record["encoder"] in ("pca", "lsi") and record["key"]
+    assert not [p for p in (tmp_path / "out").iterdir() if p.suffix == ".tmp"]
+
+
+def test_expression_and_accessibility_are_the_counts_of_the_files(tmp_path):
+    run_all(both(tmp_path))
+    assert np.array_equal(artifacts.load_sparse("gene_expression.npz").toarray(), make("rna").X.toarray())
+    peaks = make("atac").X.toarray().reshape(CELLS, GENES, 3)           # promoter, body, 10 kb behind the gene's end
+    want = peaks @ [1, 1, np.exp(-2)]
+    want[:, 7] = 0                                                      # no position
+    got = artifacts.load_sparse("gene_accessibility.npz").toarray()
+    np.testing.assert_allclose(got, want, rtol=1e-5)                    # the next gene's promoter is 12 decays away
+
+
+def test_a_stored_encoder_embeds_the_same_cells_identically(tmp_path):
+    run_all(both(tmp_path))
+    x, encoder = make("rna").X, artifacts.load_model("rna_encoder.pt")
+    z = le.pad(le.pca_transform(x, np.asarray(x.sum(axis=1)).ravel(), encoder), 512)
+    np.testing.assert_allclose(artifacts.load_array("effendi_rna_emb.npy", (None, 512)), z, atol=1e-6)
+    z = le.pad(le.lsi_transform(make("atac").X, artifacts.load_model("atac_encoder.pt")), 256)
+    np.testing.assert_allclose(artifacts.load_array("effendi_atac_emb.npy", (None, 256)), z, atol=1e-6)
+
+
+def test_a_permuted_file_gives_permuted_rows(tmp_path):
+    run_all(both(tmp_path))
+    names = ("effendi_rna_emb.npy", "effendi_atac_emb.npy")
+    before = [artifacts.load_array(n, (CELLS, None)) for n in names]
+    order = np.random.default_rng(3).permutation(CELLS)
+    run_all([*both(tmp_path, make("rna")[order], make("atac")[order]), "--out", str(tmp_path / "other")])
+    for name, old in zip(names, before):
+        np.testing.assert_allclose(artifacts.load_array(name, (CELLS, None)), old[order], atol=1e-6)    # float32
+
+
+def test_gene_embeddings_have_at_most_the_norm_of_a_layer_norm(tmp_path):
+    run_all(both(tmp_path))
+    emb = artifacts.load_array("gene_embeddings.npy", (GENES, 512))
+    norm = np.linalg.norm(emb, axis=1)
+    assert (norm <= np.sqrt(512) * (1 + 1e-6)).all() and norm.min() > 1
+    assert not emb[7, 256:].any() and emb[7, :256].any()                # GENE7 has expression but no position
+
+
+def test_atlas_cells_follow_the_paired_ones_and_keep_their_own_names(tmp_path):
+    arguments = [*both(tmp_path), "--unpaired-rna", saved(tmp_path, "big_rna", make("rna", 60, 1, "cell")),
+                 "--unpaired-atac", saved(tmp_path, "big_atac", make("atac", 70, 2, "other"))]
+    run_all(arguments)
+    rna, atac = (artifacts.load_table(f"effendi_{m}_obs.csv") for m in ("rna", "atac"))
+    assert rna["source"].tolist() == ["paired"] * CELLS + ["atlas"] * 60
+    assert rna.index[CELLS] == "atlas:cell0-1" and len(atac) == CELLS + 70
+    assert artifacts.load_sparse("gene_accessibility.npz").shape == (CELLS + 70, GENES)
+
+
+def test_an_atlas_with_other_peaks_is_refused(tmp_path, capsys):
+    other = make("atac", 60)
+    other.var_names = [f"chr2:{i * 1000}-{i * 1000 + 500}" for i in range(PEAKS)]
+    assert "has 0 of the 90 peaks" in refused(tmp_path, capsys, ["atac", *both(tmp_path), "--unpaired-atac",
+                                                                 saved(tmp_path, "atlas", other)])
+
+
+def test_max_cells_chooses_the_same_cells_in_both_files(tmp_path):
+    order = np.random.default_rng(0).permutation(CELLS)
+    run_all([*both(tmp_path, atac=make("atac")[order]), "--max-cells", "60"])
+    rna, atac = (artifacts.load_table(f"effendi_{m}_obs.csv") for m in ("rna", "atac"))
+    assert len(rna) == 60 and set(rna.index) == set(atac.index)
+    assert artifacts.load_sparse("gene_accessibility.npz").shape[0] == 60
+
+
+def test_a_cell_without_counts_is_left_out_and_named(tmp_path, capsys):
+    data = make("rna")
+    x = data.X.toarray()
+    x[5] = 0
+    data.X = sp.csr_matrix(x)
+    pre.main(["rna", *both(tmp_path, data)])
+    assert "1 cells without a single rna count are left out (first: cell5-1)" in capsys.readouterr().out
+    assert "cell5-1" not in artifacts.load_table("effendi_rna_obs.csv").index
+
+
+# --- choices ------------------------------------------------------------------------------------------------
+
+def test_highly_variable_genes_are_those_of_scanpy(tmp_path):
+    import scanpy
+
+    rng = np.random.default_rng(0)
+    x = rng.poisson(rng.gamma(1, 3, (1, 200)) * rng.gamma(rng.uniform(0.3, 5, 200), size=(300, 200)))
+    data = anndata.AnnData(sp.csr_matrix(x.astype(np.float32)), var=pd.DataFrame(index=[f"G{i}" for i in range(200)]))
+    pre.main(["rna", "--rna", saved(tmp_path, "rna", data), "--out", str(tmp_path / "out"), "--set", "N_HVG=50"])
+    scanpy.pp.filter_genes(data, min_cells=config.MIN_GENE_CELLS)
+    scanpy.pp.normalize_total(data)
+    scanpy.pp.log1p(data)
+    scanpy.pp.highly_variable_genes(data, n_top_genes=50, flavor="seurat")
+    assert list(artifacts.load_table("genes.csv").index) == list(data.var_names[data.var["highly_variable"]])
+
+
+@pytest.mark.parametrize("top, min_peaks, expected", [
+    (None, 2, [0, 1, 2]),               # open in at least 10 of 100 cells
+    (None, 5, [0, 1, 2, 3, 4, 5]),      # lowered to the fifth most open, with its tie
+    (None, 99, [0, 1, 2, 3, 4, 5, 6]),  # never peaks that are open in no cell
+    (0, 2, [0, 1, 2, 3, 4, 5, 6, 7]),
+    (2, 2, [1, 2]),                     # most variable: nearest to open in half of the cells
+])
+def test_the_peak_filter_keeps(monkeypatch, top, min_peaks, expected):
+    monkeypatch.setattr(config, "ATAC_TOP_PEAKS", top)
+    monkeypatch.setattr(config, "MIN_PEAKS", min_peaks)
+    peaks = pd.DataFrame(index=[f"chr1:{i}-{i + 1}" for i in range(8)])
+    mask, _ = pre.choose_peaks(peaks, np.array([95, 50, 10, 9, 5, 5, 1, 0]), 100)
+    assert np.flatnonzero(mask).tolist() == expected
+
+
+def test_the_encoder_is_the_embedded_one_without_weights_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(config, "SCGPT_MODEL_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr(config, "RNA_ENCODER", None)
+    assert pre.choose_encoder("RNA_ENCODER", "scgpt", "pca") == "pca"
+    assert "no scgpt weights in" in capsys.readouterr().out
+
+
+# --- finished work ------------------------------------------------------------------------------------------
+
+def test_finished_work_is_skipped_and_changed_work_is_not(tmp_path, capsys):
+    arguments = both(tmp_path)
+    run_all(arguments)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    run_all(arguments)
+    assert [line for line in capsys.readouterr().out.splitlines() if "up to date" in line] == [
+        f"precompute_embeddings {s}: up to date" for s in ("rna", "atac", "genes")]
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    pre.main(["genes", *arguments, "--set", "GENE_DECAY=900"])
+    assert artifacts.path("gene_accessibility.npz").stat().st_mtime_ns > before["gene_accessibility.npz"]
+
+
+def test_genes_finds_the_files_that_atac_read(tmp_path):
+    arguments = both(tmp_path)
+    pre.main(["rna", *arguments])
+    pre.main(["atac", *arguments])
+    config.RNA_FILE = config.ATAC_FILE = None                           # restored by the fixture
+    pre.main(["genes"])
+    artifacts.load_array("gene_embeddings.npy", (GENES, 512))
+
+
+# --- bad input: exit status 2, a message, nothing written ---------------------------------------------------
+
+def refused(tmp_path, capsys, argv):
+    """The message of a run that must fail, with nothing written."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        config.script(lambda: pre.main(argv))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in message and "\n  " in message
+    out = tmp_path / "out"
+    assert not out.exists() or not list(out.iterdir())
+    return message
+
+
+def with_values(kind, change):
+    data = make(kind)
+    x = data.X.toarray()
+    change(x)
+    data.X = sp.csr_matrix(x)
+    return data
+
+
+def renamed(kind, obs=None, var=None):
+    data = make(kind)
+    names = {0: "obs_names", 1: "var_names"}
+    for axis, new in ((0, obs), (1, var)):
+        if new is not None:
+            setattr(data, names[axis], new(list(getattr(data, names[axis]))))
+    return data
+
+
+def first_twice(names):
+    return [names[0], *names[:-1]]
+
+
+def poke(row, column, value):
+    def change(x):
+        x[row, column] = value
+    return change
+
+
+RNA_FAULTS = {
+    "negative": (lambda: with_values("rna", poke(70, 3, -2)), "negative values such as -2"),
+    "fractions": (lambda: with_values("rna", lambda x: np.log1p(x, out=x)), "non-integer values"),
+    "nan": (lambda: with_values("rna", poke(70, 3, np.nan)), "NaN"),
+    "all zero": (lambda: with_values("rna", lambda x: x.fill(0)), "every count is zero"),
+    "no cells": (lambda: make("rna")[:0].copy(), "is empty: 0 cells"),
+    "no genes": (lambda: make("rna")[:, :0].copy(), "is empty: 120 cells, 0 genes"),
+    "duplicate cells": (lambda: renamed("rna", obs=first_twice), "1 duplicate cell names (first: cell0-1)"),
+    "duplicate genes": (lambda: renamed("rna", var=first_twice), "1 duplicate gene names (first: GENE0)"),
+    "peaks as genes": (lambda: make("atac"), "Are --rna and --atac swapped?"),
+    "no shared barcodes": (lambda: renamed("rna", obs=lambda n: [x[:-2] for x in n]), "only 0 cells are in both files"),
+}
+
+
+@pytest.mark.parametrize("fault", RNA_FAULTS)
+@pytest.mark.filterwarnings("ignore::UserWarning")                      # anndata warns about the names that we break
+def test_bad_expression_is_refused_because_of(tmp_path, capsys, fault):
+    data, expected = RNA_FAULTS[fault]
+    assert expected in refused(tmp_path, capsys, ["rna", *both(tmp_path, rna=data())])
+
+
+ATAC_FAULTS = {
+    "duplicate peaks": (lambda n: ["1:99800-100300", "chr1-99800-100300", *n[2:]], "1 duplicate peaks"),
+    "unreadable names": (lambda n: ["peakX", *n[1:]], "1 of 90 names such as peakX are no peaks"),
+    "end before start": (lambda n: ["chr1:500-500", *n[1:]], "1 peaks end at or before their start"),
+    "negative start": (lambda n: ["chr1:-5-500", *n[1:]], "1 peaks start below 0"),
+    "past the end": (lambda n: ["chr1:248956400-248956900", *n[1:]], "chr1 ends at 248956422"),
+    "another genome": (lambda n: [x.replace("chr1", "chr2") for x in n], "share no chromosome"),
+    "no peak near any gene": (lambda n: [f"chr1:{i}-{i + 500}" for i in range(200_000_000, 200_000_000 + PEAKS)],
+                              "no gene has a peak within"),
+}
+
+
+@pytest.mark.parametrize("stage", ["rna", "atac"])
+@pytest.mark.parametrize("fault", ATAC_FAULTS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bad_peaks_are_refused_before_either_stage_writes_because_of(tmp_path, capsys, fault, stage):
+    names, expected = ATAC_FAULTS[fault]
+    assert expected in refused(tmp_path, capsys, [stage, *both(tmp_path, atac=renamed("atac", var=names))])
+
+
+def test_swapped_files_are_refused_in_both_stages(tmp_path, capsys):
+    arguments = both(tmp_path, rna=make("atac"), atac=make("rna"))
+    for stage in ("rna", "atac"):
+        assert "Are --rna and --atac swapped?" in refused(tmp_path, capsys, [stage, *arguments])
+    alone = ["atac", "--atac", arguments[3], "--out", arguments[-1]]
+    assert "Are --rna and --atac swapped?" in refused(tmp_path, capsys, alone)
+
+
+def test_another_build_label_is_refused(tmp_path, capsys):
+    data = make("atac")
+    data.uns["genome"] = "hg19"
+    assert "GRCh38" in refused(tmp_path, capsys, ["rna", *both(tmp_path, atac=data)])
+
+
+def test_genes_without_any_position_are_refused_when_accessibility_is_wanted(tmp_path, capsys):
+    data = make("rna")
+    data.var = data.var[[]]
+    assert "Give --gtf FILE" in refused(tmp_path, capsys, ["rna", *both(tmp_path, rna=data)])
+
+
+@pytest.mark.parametrize("stage", ["rna", "atac"])
+def test_a_missing_truncated_or_foreign_file_is_refused(tmp_path, capsys, stage):
+    out = ["--out", str(tmp_path / "out")]
+    assert "not found" in refused(tmp_path, capsys, [stage, f"--{stage}", str(tmp_path / "none.h5ad"), *out])
+    whole = Path(saved(tmp_path, "whole", make(stage))).read_bytes()
+    for name, content, expected in (("cut", whole[:len(whole) // 2], "truncated"),
+                                    ("text", b"a,b\n1,2\n", "not an HDF5 file"),
+                                    ("nothing", b"", "not an HDF5 file (0 bytes)")):
+        (tmp_path / name).write_bytes(content)
+        message = refused(tmp_path, capsys, [stage, f"--{stage}", str(tmp_path / name), *out])
+        assert expected in message and str(tmp_path / name) in message
+
+
+def test_a_file_without_both_modalities_is_refused(tmp_path, capsys):
+    import mudata
+
+    mudata.MuData({"rna": make("rna")}).write(tmp_path / "one.h5mu")
+    argv = ["rna", "--multiome", str(tmp_path / "one.h5mu"), "--out", str(tmp_path / "out")]
+    assert "has no atac modality" in refused(tmp_path, capsys, argv)
+    with h5py.File(tmp_path / "else.h5", "w") as f:
+        f["table"] = [1, 2]
+    argv[2] = str(tmp_path / "else.h5")
+    assert "no .h5ad, .h5mu or 10x matrix" in refused(tmp_path, capsys, argv)
+
+
+def test_a_real_encoder_without_weights_is_refused_and_says_where_they_go(tmp_path, capsys):
+    argv = ["rna", *both(tmp_path), "--set", "RNA_ENCODER=scgpt", "--set", f"SCGPT_MODEL_DIR={tmp_path}/none"]
+    assert "lacks args.json, vocab.json, best_model.pt" in refused(tmp_path, capsys, argv)
+
+
+def test_an_interrupted_write_leaves_the_stage_unfinished(tmp_path, monkeypatch):
+    arguments = both(tmp_path)
+    monkeypatch.setattr(artifacts, "save_model", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pre.main(["rna", *arguments])
+    monkeypatch.undo()
+    monkeypatch.setattr(config, "OUT_DIR", arguments[-1])
+    key = artifacts.record("effendi_rna_emb.npy")["key"]
+    assert not artifacts.is_done(key, *pre.RNA_FILES)
+
+
+# --- real files ---------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not (DATA / "a549_multiome").is_dir(), reason="the A549 multiome files are not there")
+def test_real_a549_cells_are_embedded_and_their_promoters_stand_out(tmp_path):
+    run_all(["--rna", str(DATA / "a549_multiome/rna.h5ad"), "--atac", str(DATA / "a549_multiome/atac.h5ad"),
+             "--out", str(tmp_path / "out"), "--set", "BLOCK_ROWS=2048"])
+    assert artifacts.load_array("effendi_rna_emb.npy", (2641, 512)).any()
+    record = artifacts.record("gene_accessibility.npz")
+    assert len(record["genes_without_position"]) == 138
+    assert record["metrics"]["promoter_share"] > 4 * record["metrics"]["promoter_share_shifted"]     # 0.87 and 0.16
+
+
+@pytest.mark.skipif(not (DATA / "scicar_a549_paired").is_dir(), reason="the sci-CAR files are not there")
+def test_real_normalised_accessibility_is_refused_and_recovered_counts_are_found(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    message = refused(tmp_path, capsys, ["atac", "--atac", str(DATA / "scicar_a549_paired/atac.h5ad"), *out])
+    assert "no raw counts: X has non-integer values" in message
+    config.ATAC_FILE = None
+    pre.main(["rna", "--rna", str(DATA / "scicar_a549_paired/rna.h5ad"), *out])
+    assert "counts from layers['counts_recovered']" in capsys.readouterr().out
