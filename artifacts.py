@@ -64,7 +64,7 @@ def save(name, write, **record):
     A stop at any point leaves the old pair, or a file without a record, which readers refuse.
     """
     target = path(name)
-    meta = target.with_name(name + ".json")
+    meta = target.with_name(target.name + ".json")
     target.parent.mkdir(parents=True, exist_ok=True)
     new = _staged(target, write)            # if this fails, nothing has changed
     record = dict(file=name, bytes=new.stat().st_size, blake2b=hash_file(new), **record,

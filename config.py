@@ -96,7 +96,18 @@ TAU_MAX: float | None = None            # end of the trajectory; None = the larg
 HELD_OUT: float = 0.1                   # share of cells that no gradient sees
 
 # --- the model ----------------------------------------------------------------------------------------------------
-OBJECTIVE: str = "specification"
+# "anchored" = each gene read from its own chromatin at its own delay: tau is determined by the data (DESIGN.md);
+# "specification" = the losses and readout as specified, under which it is not
+OBJECTIVE: str = "anchored"
+KERNEL: str | None = None               # exp, shift, gamma; None = the one that held-out cells prefer
+MEMBERS: int = 2                        # fits from different weights and held-out cells, averaged
+ANCHOR_STEPS: int = 800                 # Stage 1: at most so many steps; held-out cells choose
+ANCHOR_CELLS: int = 50_000              # Stage 1 sees at most so many ATAC cells, seeded choice
+EM_EPOCHS: int = 18                     # Stage 2.1: expectation-maximisation
+MIN_ACCESS: int = 20                    # accessible counts below which a gene has no readout of its own
+CELL_GROUPS: int = 12                   # Stage 2.2: groups of cells whose delays may differ; 1 = none
+BOOTSTRAP: int = 20                     # Stage 2.2: refits of both stages behind the intervals; 0 = posterior alone
+WORKERS: int | None = None              # processes for them; None = one a core
 
 
 def override(name, text):

@@ -1,4 +1,6 @@
-"""The Effendi model as specified: delay head, decoder, and the flow that ties ATAC to RNA.
+"""The Effendi models: as specified (Effendi), and the identifiable default (AnchoredEffendi).
+
+As specified:
 
     z_A   = AlignMLP(z_ATAC)
     tau_g = AmortizedTau(z_A, e_g)
@@ -22,6 +24,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from align_mlp import AlignMLP
+from anchored import (
+    LATENT,
+    TIMES,
+    GeneReadout,
+    head_predict,
+    kernel_weights,
+    new_gene_delays,
+    path,
+    predict,
+    read_new_genes,
+)
 from vector_field import EffendiVectorField, interpolation_weights
 
 
@@ -111,3 +124,130 @@ def delay_losses(model, out, z_R, expression, n_steps_back):
                 recon=(out["y_hat"] - expression).square().mean(),
                 tau=out["tau"].abs().mean(),
                 reverse=reverse_loss(model.field, out["z_A"], out["z_integrated"], out["tau_bar"], n_steps_back))
+
+
+# --- the identifiable model -----------------------------------------------------------------------------------
+
+class AnchoredMember(nn.Module):
+    """One fit of anchored.py: latent, readout of chromatin, flow, and the delays in this flow's own time."""
+
+    def __init__(self, in_dim, dim, n_genes, align_hidden, vf_hidden, n_landmarks):
+        super().__init__()
+        self.align = AlignMLP(in_dim, LATENT, align_hidden)
+        self.readout = GeneReadout(torch.zeros(n_genes, dim))
+        self.readout.landmarks = torch.zeros(n_landmarks, LATENT)
+        self.field = EffendiVectorField(dim, vf_hidden, rank=LATENT)
+        for name in ("log_tau", "A", "B"):
+            self.register_buffer(name, torch.zeros(n_genes))
+
+    def y_hat(self, z, shift, kernel):
+        """Relative expression (B, G) of latent states z (B, 8), delays moved by shift (G,) in log."""
+        weights = kernel_weights((self.log_tau + shift).exp(), TIMES, kernel)
+        return predict(path(self.field.net, z), self.readout, weights, self.A, self.B)
+
+
+class AnchoredTau(nn.Module):
+    """tau[c, g] = exp(log_tau[g] + shift[g, k(c)]), k(c) the cell group whose centre is nearest to z_A[c]."""
+
+    def __init__(self, n_genes, n_groups, dim):
+        super().__init__()
+        self.register_buffer("log_tau", torch.zeros(n_genes))
+        self.register_buffer("shift", torch.zeros(n_genes, n_groups))
+        self.register_buffer("centres", torch.zeros(n_groups, dim))
+
+    def group(self, z_A):
+        return torch.cdist(z_A, self.centres).argmin(dim=1)                     # (B,)
+
+    def forward(self, z_A, gene_emb):
+        """(B, G), or (G,) for z_A=None. gene_emb is not read: these delays were estimated, not predicted."""
+        if z_A is None:
+            return self.log_tau.exp()
+        return (self.log_tau + self.shift[:, self.group(z_A)].T).exp()
+
+
+class AnchoredEffendi(nn.Module):
+    """The default model: each gene read at its own delay through the readout of its own chromatin (anchored.py).
+
+        z_A   = Q AlignMLP(z_ATAC)                            8 dimensions, lifted orthonormally to D
+        tau   = AnchoredTau(z_A)                              relative: mean log tau over genes is 0
+        y_hat = mean_members mu_g (A_g sum_s W_s(tau_g) D(z_s, g) + B_g)       counts in a cell of mean depth
+
+    z_A and the flow shown are those of the first member; tau and y_hat are means over members.
+    """
+
+    def __init__(self, in_dim, dim, n_genes, kernel, n_members=2, n_groups=1, align_hidden=128, vf_hidden=128,
+                 n_landmarks=0, n_steps=200):
+        super().__init__()
+        self.args = dict(in_dim=in_dim, dim=dim, n_genes=n_genes, kernel=kernel, n_members=n_members,
+                         n_groups=n_groups, align_hidden=align_hidden, vf_hidden=vf_hidden,
+                         n_landmarks=n_landmarks, n_steps=n_steps)              # saved with the weights
+        self.members = nn.ModuleList(AnchoredMember(in_dim, dim, n_genes, align_hidden, vf_hidden, n_landmarks)
+                                     for _ in range(n_members))
+        self.tau_predictor = AnchoredTau(n_genes, n_groups, dim)
+        self.register_buffer("mean", torch.ones(n_genes))
+        self.kernel, self.n_steps = kernel, n_steps
+
+    @property
+    def field(self):
+        return self.members[0].field
+
+    def align(self, z_atac):
+        """(B, in_dim) -> z_A (B, dim)."""
+        return self.members[0].align(z_atac) @ self.field.lift.T
+
+    def forward(self, z_atac, gene_emb=None):
+        """As Effendi.forward, for the genes the model was fitted to."""
+        out = self.from_latent(self.align(z_atac))
+        group = self.tau_predictor.group(out["z_A"])
+        z = [member.align(z_atac) for member in self.members]
+        out["y_hat"] = self._expression(z, self.members, group)
+        return out
+
+    def from_latent(self, z_A, gene_emb=None):
+        """From z_A (B, dim) alone, which is a state of the first member: y_hat is that member's."""
+        tau = self.tau_predictor(z_A, gene_emb)
+        tau_bar = tau.median()
+        z_integrated = self.field.flow(z_A, tau_bar, self.n_steps)
+        y_hat = self._expression([z_A @ self.field.lift], self.members[:1], self.tau_predictor.group(z_A))
+        return dict(z_A=z_A, tau=tau, tau_bar=tau_bar, z_integrated=z_integrated, y_hat=y_hat)
+
+    def _expression(self, z, members, group):
+        """Mean over members of mu yhat; the cells of a group share their delays."""
+        total = torch.zeros(len(group), len(self.mean), device=self.mean.device)
+        for k in group.unique():
+            cells, shift = group == k, self.tau_predictor.shift[:, k]
+            for z_member, member in zip(z, members):
+                total[cells] += member.y_hat(z_member[cells], shift, self.kernel) / len(members)
+        return total * self.mean
+
+
+def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, new_emb, rng):
+    """An AnchoredEffendi that also reads H new genes, with nothing retrained: v, latent and old genes stay as they are.
+
+    A new gene's readout comes from its own accessibility, its delay from its own expression by one E-step, with
+    what the embeddings of the trained genes say as prior.
+
+    Shapes  z_atac (N, 256), access and counts (N, H), depths (N,), gene_emb (G, D), new_emb (H, D)
+    """
+    size = {"a": access_depth / access_depth.mean(), "r": rna_depth / rna_depth.mean()}
+    prior = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
+    wider = AnchoredEffendi(**dict(model.args, n_genes=len(model.mean) + len(new_emb)))
+    wider.load_state_dict({k: v for k, v in model.state_dict().items() if wider.state_dict()[k].shape == v.shape},
+                          strict=False)
+    log_taus = []
+    for member, wide in zip(model.members, wider.members):
+        z = member.align(z_atac)
+        readout = read_new_genes(member.readout, z, access, size["a"], new_emb, rng)
+        level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
+        own, _, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, counts, size["r"], prior + level)
+        for name in ("e", "delta", "p", "q"):
+            both = torch.cat([getattr(member.readout, name), getattr(readout, name)])
+            setattr(wide.readout, name, both if name == "e" else nn.Parameter(both, requires_grad=False))
+        wide.log_tau, wide.A, wide.B = (torch.cat(pair) for pair in
+                                        ((member.log_tau, own), (member.A, A), (member.B, B)))
+        log_taus.append(own - level)
+    wider.mean = torch.cat([model.mean, counts.mean(0)])
+    head = wider.tau_predictor
+    head.log_tau = torch.cat([model.tau_predictor.log_tau, torch.stack(log_taus).mean(0)])
+    head.shift = torch.cat([model.tau_predictor.shift, torch.zeros(len(new_emb), head.shift.shape[1])])
+    return wider.eval()

@@ -5,13 +5,16 @@
     reverse_ode:   z_A ~ phi_(-tau_bar)(z_R)
     scRNA_to_tau:  RNA alone -> z_A by the reversed flow -> tau
 
-Reads   effendi.pt, new cells (.h5ad, 10x .h5, .h5mu), gene_embeddings.npy of another run if asked for
+New genes (--new-genes) are embedded by the encoder that is stored with the model: a gene's embedding is how it
+follows the components of the stored PCAs in the new cells, so that old and new genes share one space.
+
+Reads   effendi.pt, new cells (.h5ad, 10x .h5, .h5mu)
 Writes  inference.h5ad (X the RNA counts if given; obsm z_atac, z_A, phi_tau_z_A; layers tau, y_hat),
-        inference_tau.csv (one row per gene: tau, cell_sd, and against RNA if given: spearman)
+        inference_tau.csv (one row per gene: tau, cell_sd, trained, and with RNA: spearman of y_hat and counts)
 Run     python inference.py --model effendi_output/effendi.pt --atac new_atac.h5ad --rna new_rna.h5ad --out new_output
 """
-import io
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,10 +25,20 @@ from tqdm import tqdm
 
 import artifacts
 import config
-import effendi_loader
-from effendi import Effendi
+import effendi_loader as loader
+import linear_encoder
+from effendi import AnchoredEffendi, Effendi, add_genes
 
-MODELS = {"specification": Effendi}
+MODELS = {"specification": Effendi, "anchored": AnchoredEffendi}
+FEWEST_FEATURES = 0.5       # share of the encoder's peaks or genes that a new data set must have
+ARGUMENTS = {
+    "--model": dict(required=True, metavar="PT", help="effendi.pt of a finished run"),
+    "--atac": dict(dest="ATAC_FILE", metavar="H5AD", help="cells x peaks, counts"),
+    "--rna": dict(dest="RNA_FILE", metavar="H5AD", help="cells x genes, raw counts (optional; adds new genes)"),
+    "--multiome": dict(dest="MULTIOME_FILE", metavar="FILE", help="10x .h5 or .h5mu instead of the two"),
+    "--gtf": dict(dest="GTF_FILE", metavar="GTF", help="gene positions, if the files hold none"),
+    "--new-genes": dict(action="store_true", help="also genes of the RNA file that the model was not trained on"),
+}
 
 
 def load_effendi(file):
@@ -50,7 +63,7 @@ def predict(model, z_atac, gene_emb, device, batch=128):
     gene_emb = torch.as_tensor(gene_emb).to(device)
     model.to(device)
     parts = {"z_A": [], "z_integrated": [], "tau": [], "y_hat": []}
-    for start in tqdm(range(0, len(z_atac), batch), desc="predict", unit_scale=batch, unit="cell", leave=False):
+    for start in tqdm(range(0, len(z_atac), batch), desc="predict", unit_scale=batch, unit="cell", leave=False, disable=None):
         out = model(torch.from_numpy(z_atac[start:start + batch]).to(device), gene_emb)
         for name, kept in parts.items():
             kept.append(out[name].cpu().numpy())
@@ -83,3 +96,157 @@ def gene_spearman(y_hat, counts, depth):
     for g in np.flatnonzero((observed.std(0) > 0) & (y_hat.std(0) > 0)):
         rho[g] = spearmanr(y_hat[:, g], observed[:, g]).statistic
     return rho
+
+
+# --- new cells ----------------------------------------------------------------------------------------------
+
+def enough(path, what, missing, n):
+    """ValueError when a new file lacks too many of the features that the stored encoder reads."""
+    if len(missing) > (1 - FEWEST_FEATURES) * n:
+        raise ValueError(f"{path} lacks {len(missing):,} of the {n:,} {what} that the model was trained on "
+                         f"(first: {', '.join(missing[:3])}).\n  New cells need the same {what}: count the reads over "
+                         "the training peaks again, or train on this data.")
+    if missing:
+        print(f"{Path(path).name}: {len(missing):,} of the model's {n:,} {what} are missing and count as zero")
+
+
+def embed(counts, encoder, width):
+    """New cells in the space of a stored PCA or LSI: embedding (N, width) float32 and depth (N,). Streamed."""
+    kind = encoder["encoder"]
+    if kind not in ("pca", "lsi"):
+        raise ValueError(f"the model was trained on {kind} embeddings, which inference.py cannot make from counts.\n"
+                         "  Embed the new cells with precompute_embeddings.py, and call inference.predict on the arrays.")
+    names, what = (encoder["genes"], "genes") if kind == "pca" else (encoder["peaks"], "peaks")
+    select, missing = loader.selection(counts.features.index, names)
+    enough(counts.path, what, missing, len(names))
+    z, depth = [], []
+    with tqdm(total=counts.n_cells, unit="cell", desc=f"embedding {Path(counts.path).name}", leave=False, disable=None) as bar:
+        for _, block in counts.blocks():
+            depth.append(np.asarray(block.sum(1)).ravel())
+            part = (block @ select).tocsr()
+            part.eliminate_zeros()
+            z.append(linear_encoder.pca_transform(part, depth[-1], encoder) if kind == "pca"
+                     else linear_encoder.lsi_transform(part, encoder))
+            bar.update(block.shape[0])
+    return linear_encoder.pad(np.vstack(z), width), np.concatenate(depth)
+
+
+def gather(counts, weights):
+    """counts @ weights, (N, columns) CSR, block by block."""
+    return sp.vstack([block @ weights for _, block in counts.blocks()]).tocsr()
+
+
+class NewData:
+    """A new data set seen by a stored model: embeddings, and counts and accessibility of the genes asked for.
+
+    cells, z_atac (N, 256); with RNA only: rna, rows of the paired cells in each file, depth (N,)
+    """
+
+    def __init__(self, saved, atac, rna=None):
+        self.saved, self.atac, self.rna = saved, atac, rna
+        self.z_atac, self.atac_depth = embed(atac, saved["atac_encoder"], saved["args"]["in_dim"])
+        self.cells = pd.Index(atac.names)
+        if rna is not None:
+            z_R, depth = embed(rna, saved["rna_encoder"], saved["args"]["dim"])
+            frames = [pd.DataFrame({"source": "paired"}, index=names) for names in (rna.names, atac.names)]
+            self.rows_rna, self.rows_atac = loader.pair(*frames)
+            self.z_R, self.depth = z_R[self.rows_rna], depth[self.rows_rna].astype(np.float32)
+            self.z_atac, self.cells = self.z_atac[self.rows_atac], self.cells[self.rows_atac]
+
+    def counts(self, genes):
+        """RNA counts of the paired cells (N, G); zero columns for genes the file lacks."""
+        return gather(self.rna, loader.selection(self.rna.features.index, genes)[0])[self.rows_rna]
+
+    def accessibility(self, genes):
+        """Accessibility (N, G) of genes of the RNA file in the paired cells, as in training."""
+        table = self.rna.features.loc[genes]
+        weights = loader.gene_peak_weights(self.atac.features, table, *self.saved["gene_window"])
+        return gather(self.atac, weights)[self.rows_atac]
+
+
+def new_genes(data):
+    """Genes of the new RNA file, with a position and seen in MIN_GENE_CELLS cells, that the model does not know."""
+    features = data.rna.features
+    unknown = features.index[~features.index.isin(data.saved["genes"]) & features["start"].notna()]
+    seen = np.asarray((data.counts(unknown) > 0).sum(0)).ravel() >= config.MIN_GENE_CELLS
+    return list(unknown[seen])
+
+
+def embed_genes(data, genes):
+    """Embeddings (G, D) of genes outside training: how they follow the components of the two stored PCAs here."""
+    rna, access = data.saved["rna_encoder"], data.saved.get("gene_encoder")
+    if rna["encoder"] != "pca" or access is None:
+        raise ValueError("--new-genes needs a model on PCA gene embeddings; this one was trained on "
+                         f"{rna['encoder']}.\n  Save their embeddings with scgpt_encoder.save_gene_embeddings instead.")
+    half = data.saved["args"]["dim"] // 2
+    scores = linear_encoder.pca_transform(data.counts(rna["genes"]), data.depth, rna)
+    first = linear_encoder.pca_gene_loadings(lambda: [(data.counts(genes), data.depth)], scores, rna)
+    known = [g for g in access["genes"] if g in data.rna.features.index]
+    select, missing = loader.selection(known, access["genes"])
+    enough(data.rna.path, "genes", missing, len(access["genes"]))
+    depth = data.atac_depth[data.rows_atac]
+    scores = linear_encoder.pca_transform((data.accessibility(known) @ select).tocsr(), depth, access)
+    second = linear_encoder.pca_gene_loadings(lambda: [(data.accessibility(genes), depth)], scores, access)
+    return np.sqrt(half) * np.hstack([linear_encoder.pad(part, half) for part in (first, second)])
+
+
+def as_float(array):
+    return torch.as_tensor(array, dtype=torch.float32)
+
+
+# --- results --------------------------------------------------------------------------------------------------
+
+def results(model, data, extra, device):
+    """(table, model output, genes) for the training genes and, after them, the extra ones."""
+    saved = data.saved
+    genes, gene_emb = [*saved["genes"], *extra], saved["gene_emb"]
+    if extra:
+        new_emb = torch.from_numpy(embed_genes(data, extra).astype(np.float32))
+        if saved["objective"] == "anchored":
+            access, depth = data.accessibility(extra).toarray(), data.atac_depth[data.rows_atac]
+            model = add_genes(model, *map(as_float, (data.z_atac, access, depth, data.counts(extra).toarray(), data.depth)),
+                              gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
+        gene_emb = torch.cat([gene_emb, new_emb])
+    out = predict(model, data.z_atac, gene_emb, device, config.BATCH_SIZE)
+    table = pd.DataFrame(dict(tau=out["tau"].mean(0), cell_sd=out["tau"].std(0),
+                              trained=np.isin(genes, saved["genes"])), index=pd.Index(genes, name="gene"))
+    if data.rna is not None:
+        table["spearman"] = gene_spearman(out["y_hat"], data.counts(genes), data.depth)
+    return table, out, genes
+
+
+def write_h5ad(file, data, out, genes):
+    import anndata
+    shape = len(data.cells), len(genes)
+    counts = data.counts(genes) if data.rna is not None else sp.csr_matrix(shape, dtype=np.float32)
+    cells = anndata.AnnData(counts, obs=pd.DataFrame(index=data.cells), var=pd.DataFrame(index=genes))
+    cells.obsm.update(z_atac=data.z_atac, z_A=out["z_A"], phi_tau_z_A=out["z_integrated"])
+    cells.layers.update(tau=out["tau"], y_hat=out["y_hat"])
+    cells.write_h5ad(file.name)
+
+
+def main(argv=None):
+    args = config.from_args(__doc__, argv, ARGUMENTS)
+    start = time.time()
+    if not (config.ATAC_FILE or config.MULTIOME_FILE):
+        raise ValueError("no new cells: give --atac FILE (and --rna FILE), or --multiome FILE.")
+    if args.new_genes and not (config.RNA_FILE or config.MULTIOME_FILE):
+        raise ValueError("--new-genes needs the RNA of the new cells.\n  Add --rna FILE.")
+    model, saved = load_effendi(args.model)
+    device = config.pick_device()
+    atac = loader.open_counts(config.ATAC_FILE or config.MULTIOME_FILE, "atac")
+    rna_file = config.RNA_FILE or config.MULTIOME_FILE
+    rna = loader.open_counts(rna_file, "rna", config.GTF_FILE) if rna_file else None
+    data = NewData(saved, atac, rna)
+    table, out, genes = results(model, data, new_genes(data) if args.new_genes else [], device)
+    facts = dict(stage="inference", model=artifacts.hash_file(args.model), inputs=[config.ATAC_FILE, config.RNA_FILE],
+                 seconds=round(time.time() - start, 1))
+    artifacts.save("inference.h5ad", lambda f: write_h5ad(f, data, out, genes), rows=len(data.cells), **facts)
+    artifacts.save_table("inference_tau.csv", table, **facts)
+    fit = f", median Spearman with RNA {table['spearman'].median():.2f}" if "spearman" in table else ""
+    print(f"inference: {len(data.cells):,} cells, {len(genes):,} genes ({len(genes) - len(saved['genes']):,} new){fit} "
+          f"-> {config.OUT_DIR}/inference_tau.csv, inference.h5ad")
+
+
+if __name__ == "__main__":
+    config.script(main)

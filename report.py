@@ -19,6 +19,8 @@ import config
 
 INPUTS = ("gene_tau_estimates.csv", "validation.json", "train_vf_curve.csv", "train_delay_curve.csv", "effendi.h5ad")
 BLUE, ORANGE, GREY = "#2b6ca3", "#d2691e", "#8a8a8a"
+CURVE_LABELS = {"held_out_nll": "held-out accessibility: -log likelihood (nats an entry)",
+                "gain_over_v0": "held-out RNA: gain over v = 0 (nats a cell)"}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 10px;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}.pass{color:#1a7f37}.fail{color:#b3261e;font-weight:600}
@@ -51,7 +53,8 @@ def tau_picture(table):
     left.hist(table["tau"], bins=40, color=BLUE)
     left.set(xlabel="delay τ_g (ODE time)", ylabel="genes", title=f"{len(table)} genes")
     right.scatter(table["tau"], table["cell_sd"], s=8, color=BLUE, alpha=0.6, linewidths=0)
-    right.set(xlabel="delay τ_g (ODE time)", ylabel="sd of τ over cells (ODE time)", title="between genes and between cells")
+    right.set(xlabel="delay τ_g (ODE time)", ylabel="sd of τ over cells (ODE time)",
+              title="between genes and between cells")
     return png(figure)
 
 
@@ -62,29 +65,40 @@ def recovery_picture(table, truth):
     figure, (axis,) = new_figure(1, 4.4)
     if "tau_low" in both and both["tau_low"].notna().any():
         shown = both[signal]
-        axis.errorbar(shown["tau_true"], shown["tau"], yerr=[shown["tau"] - shown["tau_low"], shown["tau_high"] - shown["tau"]],
-                      fmt="none", ecolor=GREY, alpha=0.25, lw=0.8)
-    axis.scatter(both["tau_true"][~signal], both["tau"][~signal], s=10, color=GREY, label="no signal planted", linewidths=0)
-    axis.scatter(both["tau_true"][signal], both["tau"][signal], s=12, color=BLUE, label="accessibility changes", linewidths=0)
+        spread = [shown["tau"] - shown["tau_low"], shown["tau_high"] - shown["tau"]]
+        axis.errorbar(shown["tau_true"], shown["tau"], yerr=spread, fmt="none", ecolor=GREY, alpha=0.25, lw=0.8,
+                      label="90 % interval")
+    for some, colour, label in ((~signal, GREY, "no signal planted"), (signal, BLUE, "accessibility changes")):
+        axis.scatter(both["tau_true"][some], both["tau"][some], s=11, color=colour, label=label, linewidths=0)
     rho = spearmanr(both["tau"][signal], both["tau_true"][signal]).statistic
     axis.set(xscale="log", yscale="log", xlabel="planted delay (time units of the simulation)",
              ylabel="estimated delay τ_g (ODE time)", title=f"Spearman {rho:.2f} over {int(signal.sum())} genes")
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_major_formatter("{x:g}")
+        which.set_minor_formatter("")
+    axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5])
+    axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5])
+    axis.set_xlim(both["tau_true"].min() * 0.9, both["tau_true"].max() * 1.1)
     axis.legend(frameon=False, loc="best", fontsize=8)
     return png(figure)
 
 
 def curve_picture(stage1, stage2):
-    """Held-out losses per epoch; a dashed line where Stage 2.2 begins."""
+    """Held-out values along training: per member (anchored), or per term with a line where Stage 2.2 begins."""
     figure, (left, right) = new_figure(2)
     for axis, curve, title in ((left, stage1, "Stage 1"), (right, stage2, "Stage 2")):
-        curve = curve.set_axis(curve.index.astype(int))
-        numbers = curve.select_dtypes("number")
-        for name in numbers:
-            axis.plot(curve.index, numbers[name], label=name, lw=1.4)
-        axis.set(xlabel="epoch", ylabel="held-out value", title=title, yscale="log" if (numbers > 0).all(None) else "linear")
+        axis.set(title=title)
+        if "member" in curve:
+            along, value = curve.columns[1:3]
+            for member, part in curve.groupby("member"):
+                axis.plot(part[along], part[value], label=f"fit {member}", lw=1.4)
+            axis.set(xlabel=along, ylabel=CURVE_LABELS[value])
+        else:
+            epochs = np.arange(1, len(curve) + 1)
+            for name in curve.select_dtypes("number"):
+                axis.plot(epochs, curve[name], label=name, lw=1.4)
+            axis.set(xlabel="epoch", ylabel="held-out value (see label)", yscale="symlog")
         axis.legend(frameon=False, fontsize=7)
-        if "stage" in curve and (curve["stage"].astype(str) == "2.2").any():
-            axis.axvline(curve.index[curve["stage"].astype(str) == "2.2"][0] - 0.5, color=GREY, ls="--", lw=1)
     return png(figure)
 
 
@@ -159,13 +173,15 @@ def run():
         recovery = recovery_picture(table, pd.read_csv(config.TRUTH_FILE, index_col=0))
         pictures = {"estimated against planted delay": recovery, **pictures}
         artifacts.save("report_recovery.png", lambda f: f.write(recovery), stage="report", key=key)
-    pictures |= {"cells before and after the flow": cells_picture(cells), "learning curves": curve_picture(stage1, stage2)}
+    pictures |= {"cells before and after the flow": cells_picture(cells),
+                 "learning curves": curve_picture(stage1, stage2)}
     training = artifacts.record("gene_tau_estimates.csv")
     facts = {"meaning": training["meaning"], "cells": cells.n_obs, "genes": len(table),
              "RNA embedding": artifacts.record("effendi_rna_emb.npy")["encoder"],
              "ATAC embedding": artifacts.record("effendi_atac_emb.npy")["encoder"],
              "objective": training["config"]["OBJECTIVE"], "seed": config.SEED,
-             "training": f"{training['seconds']:.0f} s", "versions": f"Python {training['python']}, torch {training['torch']}"}
+             "training": f"{training['seconds']:.0f} s",
+             "versions": f"Python {training['python']}, torch {training['torch']}"}
     artifacts.save_text("report.html", page(table, checks, pictures, facts), stage="report", key=key,
                         seconds=round(time.time() - start, 1))
     print(f"report: {len(pictures)} pictures, {len(checks)} checks -> {config.OUT_DIR}/report.html")

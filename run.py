@@ -51,7 +51,8 @@ def check_files():
     for name in (*(a["dest"] for a in ARGUMENTS.values()),):
         file = getattr(config, name)
         if file and not os.path.isfile(file):
-            raise FileNotFoundError(f"{file} not found ({name}).\n  Check the path; relative paths start at {os.getcwd()}.")
+            raise FileNotFoundError(f"{file} not found ({name}).\n"
+                                    f"  Check the path; relative paths start at {os.getcwd()}.")
 
 
 def simulate_input():
@@ -72,7 +73,8 @@ def simulate_input():
         os.replace(tmp, folder)
         text = (f"{data.rna.n_obs} cells, {data.rna.n_vars} genes, {data.atac.n_vars} peaks, {config.SIM_LINEAGES} "
                 f"lineages, kernel {config.SIM_KERNEL}, depth {config.SIM_DEPTH}, seed {config.SEED}")
-        artifacts.save_text("simulated.txt", text + "\n", stage="simulate", key=key, seconds=round(time.time() - start, 1))
+        artifacts.save_text("simulated.txt", text + "\n", stage="simulate", key=key,
+                            seconds=round(time.time() - start, 1))
         print(f"simulate: {text} -> {folder}")
     config.RNA_FILE, config.ATAC_FILE = str(folder / "rna.h5ad"), str(folder / "atac.h5ad")
     config.TRUTH_FILE = str(folder / "truth.csv")

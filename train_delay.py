@@ -1,16 +1,22 @@
 """Stage 2: learn tau_g from paired cells.
 
+OBJECTIVE = "anchored" (default; equations in anchored.py)
+    Stage 2.1   latent and readout frozen: flow, delays and kernel by expectation-maximisation, MEMBERS fits
+    Stage 2.2   what they are worth: refits on halves and on resampled cells give the gate, the intervals, the
+                reasons why a gene's delay cannot be told, and delays that differ between cell states
 OBJECTIVE = "specification"
     L = W_ODE L_ode + W_RECON L_recon + W_TAU L_tau + W_REVERSE L_reverse         (effendi.py)
     Stage 2.1   v_theta frozen: AmortizedTau, GeneDecoder and AlignMLP learn at STAGE1_LR
     Stage 2.2   the same, and v_theta learns at STAGE2_LR_VF
 
 Reads   effendi_{rna,atac}_emb.npy with their obs tables, gene_expression.npz, genes.csv, gene_embeddings.npy,
-        align_mlp.pt, vector_field_frozen.pt
+        align_mlp.pt, vector_field_frozen.pt; anchored: gene_accessibility.npz
 Writes  effendi_stage1.pt (after 2.1), effendi_final.pt, effendi.pt, gene_tau_estimates.csv, effendi.h5ad,
         train_delay_curve.csv
 Run     python train_delay.py --set STAGE2_EPOCHS=5
 """
+import multiprocessing
+import os
 import time
 
 import numpy as np
@@ -20,11 +26,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+import anchored
 import artifacts
 import config
 import effendi_loader
 import inference
-from effendi import Effendi, delay_losses
+from effendi import AnchoredEffendi, Effendi, delay_losses
 
 INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "effendi_rna_emb.npy", "effendi_rna_obs.csv",
           "gene_expression.npz", "genes.csv", "gene_embeddings.npy", "align_mlp.pt", "vector_field_frozen.pt")
@@ -34,9 +41,12 @@ SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "TAU_HIDDEN", "TAU_
             "STAGE1_EPOCHS", "STAGE2_EPOCHS", "STAGE1_LR", "STAGE2_LR_VF", "BATCH_SIZE", "W_ODE", "W_RECON",
             "W_TAU", "W_REVERSE", "EXPLODE_NORM", "N_STEPS", "N_STEPS_BAR", "TAU_MAX", "HELD_OUT",
             "MIN_PAIRED_CELLS")
+ANCHORED_INPUTS = (*INPUTS, "gene_accessibility.npz")
+ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "KERNEL", "MEMBERS", "EM_EPOCHS", "CELL_GROUPS", "BOOTSTRAP",
+                     "ANCHOR_STEPS", "HELD_OUT", "MIN_PAIRED_CELLS")
 RESUME = "train_delay.resume.pt"
-MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves them "
-               "unchanged), so that these delays mean nothing about the genes.")
+MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves "
+               "them unchanged), so that these delays mean nothing about the genes.")
 
 
 # --- data -----------------------------------------------------------------------------------------------------
@@ -45,7 +55,7 @@ def load_paired():
     """The paired cells, their rows joined by barcode and checked.
 
     Returns {"z_atac" (N, 256), "z_R" (N, D), "counts" (N, G) CSR, "depth" (N,), "gene_emb" (G, D),
-             "genes", "cells", "obs", "held_out" (rows)}
+             "rows_atac", "genes", "cells", "obs", "held_out" (rows)}
     """
     artifacts.same_rows("effendi_rna_emb.npy", "effendi_rna_obs.csv", "gene_expression.npz")
     artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv")
@@ -62,7 +72,7 @@ def load_paired():
         z_R=artifacts.load_array("effendi_rna_emb.npy", (None, config.DIM))[rows_rna],
         counts=artifacts.load_sparse("gene_expression.npz")[rows_rna], depth=obs["n_counts"].to_numpy(np.float32),
         gene_emb=artifacts.load_array("gene_embeddings.npy", (None, config.DIM)),
-        genes=genes, cells=obs.index, obs=obs, held_out=held_out_cells(obs.index))
+        rows_atac=rows_atac, genes=genes, cells=obs.index, obs=obs, held_out=held_out_cells(obs.index))
 
 
 def log_expression(counts, depth):
@@ -140,7 +150,7 @@ def train_epoch(model, optimiser, data, rows, gene_emb, rng, epoch, phase):
     model.field.train(phase == 2)
     order = rows[torch.randperm(len(rows), generator=rng).numpy()]
     n_epochs = config.STAGE1_EPOCHS + config.STAGE2_EPOCHS
-    for start in tqdm(range(0, len(order), config.BATCH_SIZE), desc=f"epoch {epoch}/{n_epochs}", leave=False):
+    for start in tqdm(range(0, len(order), config.BATCH_SIZE), desc=f"epoch {epoch}/{n_epochs}", leave=False, disable=None):
         losses, total, _ = batch_losses(model, data, order[start:start + config.BATCH_SIZE], gene_emb)
         if not torch.isfinite(total):
             raise FloatingPointError(
@@ -182,6 +192,186 @@ def evaluate(model, data, rows, gene_emb):
                 tau_min=tau.min().item(), tau_max=tau.max().item())
 
 
+# --- the identifiable model -----------------------------------------------------------------------------------
+
+def load_anchored():
+    """The paired cells with the genes that Stage 1 gave a readout, and Stage 1's members.
+
+    Returns load_paired()'s dictionary with "fitted" (G,) bool, "x" (N, 256), "access" and "y" (N, G') dense,
+    "emb" (G', D) added, and the list of members' states.
+    """
+    data, saved = load_paired(), artifacts.load_model("align_mlp.pt")
+    artifacts.same_rows("effendi_atac_emb.npy", "gene_accessibility.npz")
+    if "members" not in saved:
+        raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained under OBJECTIVE specification.\n"
+                         "  Train it again: python train_vf.py")
+    fitted = data["genes"].index.isin(saved["genes"])
+    if list(data["genes"].index[fitted]) != saved["genes"]:
+        raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained on other genes than genes.csv names.\n"
+                         "  Train it again: python train_vf.py")
+    access = artifacts.load_sparse("gene_accessibility.npz")[data["rows_atac"]][:, fitted]
+    return dict(data, fitted=fitted, x=data["z_atac"], access=access.toarray(),
+                y=data["counts"][:, fitted].toarray(), emb=data["gene_emb"][fitted]), saved["members"]
+
+
+def fit_members(data, members, key):
+    """Stage 2.1: an anchored.Result over the members, each kept as soon as it is done."""
+    anchors, delays = [], []
+    done = artifacts.load_checkpoint(RESUME, key) or {"delays": [], "replicates": {}}
+    kernel = config.KERNEL
+    for m, saved in enumerate(members):
+        anchors.append(anchored.restore_anchor(saved["align"], saved["readout"], data["x"], data["emb"]))
+        if m < len(done["delays"]):
+            delays.append(anchored.DelayFit.from_state(done["delays"][m]))
+        else:
+            rng = anchored.generator(config.SEED, "delay", m)
+            with tqdm(total=config.EM_EPOCHS * (1 if kernel else len(anchored.KERNELS)), unit="epoch",
+                      desc=f"member {m + 1}", leave=False, disable=None) as bar:
+                delays.append(anchored.fit_delay(anchors[m].z, anchors[m].readout, data["y"], rng, kernel,
+                                                 config.EM_EPOCHS, held_out=config.HELD_OUT, progress=bar.update))
+            done["delays"].append(delays[m].state())
+            artifacts.save_checkpoint(RESUME, key, done)
+        kernel = delays[0].kernel                           # chosen once, by the first member
+        gain = (delays[m].held_out - delays[m].still).mean()
+        print(f"train_delay: member {m + 1}: kernel {kernel}, best epoch {delays[m].epoch}, held-out RNA "
+              f"{gain:+.2f} nats a cell against v = 0")
+    return anchored.combine(anchors, delays), done
+
+
+def bootstrap(data, kernel, done, key):
+    """Delays (R, G') of both stages refitted on resampled cells, over processes; each kept as soon as it is done."""
+    left = [r for r in range(config.BOOTSTRAP) if r not in done["replicates"]]
+    cells = {k: data[k] for k in ("x", "access")} | {"counts": data["y"], "gene_emb": data["emb"]}
+    workers = min(config.WORKERS or os.cpu_count(), max(1, len(left)))
+    with tqdm(total=config.BOOTSTRAP, initial=config.BOOTSTRAP - len(left), unit="refit", desc="bootstrap",
+              leave=False, disable=None) as bar:
+        for r, log_tau in _replicates(left, cells, kernel, workers):
+            done["replicates"][r] = log_tau
+            artifacts.save_checkpoint(RESUME, key, done)
+            bar.update()
+    return torch.stack([done["replicates"][r] for r in range(config.BOOTSTRAP)]) if config.BOOTSTRAP else None
+
+
+def _replicates(left, cells, kernel, workers):
+    if not left:
+        return
+    # spawn: a fork would copy torch's thread pool in whatever state it is, which can hang.
+    with multiprocessing.get_context("spawn").Pool(workers, _share, (cells, kernel, config.SEED)) as pool:
+        yield from pool.imap_unordered(_replicate, left)
+
+
+def _share(cells, kernel, seed):
+    global _shared
+    _shared = cells, kernel, seed
+
+
+def _replicate(r):
+    cells, kernel, seed = _shared
+    return r, anchored.bootstrap_replicate(hash_seed(seed, r), cells, {"kernel": kernel})
+
+
+def hash_seed(seed, r):
+    return anchored.generator(seed, "bootstrap", r).initial_seed()
+
+
+def build_anchored(result, data, groups, shift):
+    """AnchoredEffendi from a Result; groups (N,) and shift (G', K), or None before Stage 2.2."""
+    first = result.anchors[0]
+    n_groups = 1 if shift is None else shift.shape[1]
+    model = AnchoredEffendi(data["x"].shape[1], data["emb"].shape[1], len(data["emb"]), result.kernel,
+                            len(result.delays), n_groups, first.align.args["hidden"], config.VF_HIDDEN,
+                            len(first.readout.landmarks), config.N_STEPS)
+    for member, anchor, delay in zip(model.members, result.anchors, result.delays):
+        member.align.load_state_dict(anchor.align.state_dict())
+        member.readout.load_state_dict(anchor.readout.state_dict())
+        member.field.net.load_state_dict(delay.field.net.state_dict())
+        member.log_tau, member.A, member.B = delay.log_tau + delay.gauge, delay.A, delay.B
+    model.mean = torch.from_numpy(data["y"]).mean(0)
+    model.tau_predictor.log_tau = result.log_tau
+    if shift is not None:
+        model.tau_predictor.shift = shift
+        z_A = first.z @ model.field.lift.T
+        model.tau_predictor.centres = torch.stack([z_A[groups == k].mean(0) for k in range(n_groups)])
+    return model.eval()
+
+
+def anchored_table(result, low, high, ok, why, tau, data):
+    """gene_tau_estimates.csv. A gene without accessibility of its own gets what its embedding says, no interval."""
+    fitted, n = data["fitted"], len(data["genes"])
+    guess = anchored.head_predict(torch.from_numpy(data["emb"]), result.log_tau, result.sd,
+                                  torch.from_numpy(data["gene_emb"])).exp().numpy()
+    table = pd.DataFrame(dict(
+        tau=guess, tau_low=np.nan, tau_high=np.nan, cell_sd=0.0,
+        n_cells=np.asarray((data["counts"] > 0).sum(0)).ravel(), identifiable=np.zeros(n, bool),
+        reason="no accessibility of its own: predicted from the gene embedding"),
+        index=pd.Index(data["genes"].index, name="gene"))
+    table.loc[fitted, "tau"], table.loc[fitted, "cell_sd"] = result.log_tau.exp().numpy(), tau.std(0)
+    table.loc[fitted, "tau_low"], table.loc[fitted, "tau_high"] = low.exp().numpy(), high.exp().numpy()
+    table.loc[fitted, "identifiable"], table.loc[fitted, "reason"] = ok.numpy(), why
+    return table.sort_values("tau")
+
+
+def whole_output(out, table, data):
+    """The model's output widened from the fitted genes to all: the rest get their tau and their mean expression."""
+    fitted, n = data["fitted"], len(data["cells"])
+    tau = np.repeat(table["tau"].reindex(data["genes"].index).to_numpy(np.float32)[None], n, 0)
+    y_hat = np.repeat(np.asarray(data["counts"].mean(0), np.float32).reshape(1, -1), n, 0)
+    tau[:, fitted], y_hat[:, fitted] = out["tau"], out["y_hat"]
+    return dict(out, tau=tau, y_hat=y_hat)
+
+
+def run_anchored():
+    key = artifacts.stage_key("train_delay", {name: artifacts.existing(name) for name in ANCHORED_INPUTS},
+                              ANCHORED_SETTINGS)
+    if artifacts.is_done(key, *OUTPUTS):
+        return print("train_delay: up to date")
+    start = time.time()
+    data, members = load_anchored()
+    device = config.pick_device()
+    facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
+    result, done = fit_members(data, members, key)
+    before = build_anchored(result, data, None, None)
+    artifacts.save_model("effendi_stage1.pt", {"args": before.args, "state_dict": before.state_dict()}, **facts)
+
+    print("train_delay: refitting both stages on two halves of the cells")
+    halves = anchored.split_half(data["x"], data["access"], data["y"], data["emb"],
+                                 anchored.generator(config.SEED, "halves", 0), result.kernel)
+    gate = anchored.gate(result, halves)
+    groups = anchored.cell_groups(result.anchors[0].z, config.CELL_GROUPS,
+                                  anchored.generator(config.SEED, "groups", 0))
+    shift, reliability = anchored.modulation(halves, data["y"], groups)
+    replicates = bootstrap(data, result.kernel, done, key)
+    low, high = anchored.intervals(result.log_tau, result.sd, replicates)
+    ok, why = anchored.identifiable(result, data["access"], data["y"], halves)
+    if not gate.open:
+        ok, why = torch.zeros_like(ok), [reason or "the run's gate is closed" for reason in why]
+
+    model = build_anchored(result, data, groups, shift)
+    out = inference.predict(model, data["x"], data["emb"], device, config.BATCH_SIZE)
+    table = anchored_table(result, low, high, ok, why, out["tau"], data)
+    metrics = dict(kernel=result.kernel, gate_open=gate.open, gain_z=gate.gain_z, own_z=gate.own_z,
+                   split_half=gate.split_half, modulation_reliability=reliability, identifiable=int(ok.sum()))
+    history = [dict(member=m + 1, epoch=epoch, gain_over_v0=gain) for m, d in enumerate(result.delays)
+               for epoch, gain in d.history]
+    seconds = time.time() - start
+    save_results(model, table, whole_output(out, table, data), data, history,
+                 dict(facts, seconds=round(seconds, 1), metrics=metrics, meaning=meaning(gate, ok, data)),
+                 data["genes"].index[data["fitted"]], data["emb"])
+    artifacts.drop_checkpoint(RESUME)
+    print(f"train_delay: {meaning(gate, ok, data)}")
+    print(f"train_delay: {len(data['cells'])} cells, kernel {result.kernel}, relative tau {table.tau.min():.2f}-"
+          f"{table.tau.max():.2f}, {seconds:.0f} s -> {config.OUT_DIR}/gene_tau_estimates.csv, effendi.h5ad, effendi.pt")
+
+
+def meaning(gate, ok, data):
+    """One sentence on what the delays of this run are worth."""
+    if not gate.open:
+        return "tau means NOTHING on these data: " + "; ".join(gate.reasons) + "."
+    return (f"tau is meaningful on these data: {int(ok.sum())} of {len(data['genes'])} genes are identifiable, halves "
+            f"of the cells agree at Spearman {gate.split_half:.2f}, moving beats v = 0 by {gate.gain_z:.0f} standard "
+            "errors. tau is relative: only ratios of delays are determined.")
+
+
 # --- results --------------------------------------------------------------------------------------------------
 
 def tau_table(tau, data):
@@ -205,24 +395,30 @@ def write_h5ad(file, data, out):
     cells.write_h5ad(file.name)
 
 
-def save_results(model, data, history, device, facts):
-    out = inference.predict(model, data["z_atac"], data["gene_emb"], device, config.BATCH_SIZE)
-    table = tau_table(out["tau"], data)
+def encoders():
+    """What inference needs to bring new cells and genes into the same spaces; gene_encoder.pt exists for PCA only."""
+    names = [name for name in ("rna_encoder", "atac_encoder", "gene_encoder") if artifacts.path(f"{name}.pt").exists()]
+    return {name: artifacts.load_model(f"{name}.pt") for name in names}
+
+
+def save_results(model, table, out, data, history, facts, genes, gene_emb):
+    """All artifacts of Stage 2; genes and gene_emb (G', D) are those the model itself was fitted to."""
+    model = model.cpu()
     weights = {"args": model.args, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}}
     artifacts.save_model("effendi_final.pt", weights, **facts)
     artifacts.save_model("effendi.pt", dict(
-        weights, objective=config.OBJECTIVE, genes=list(data["genes"].index),
-        gene_emb=torch.from_numpy(data["gene_emb"]), rna_encoder=artifacts.load_model("rna_encoder.pt"),
-        atac_encoder=artifacts.load_model("atac_encoder.pt")), **facts)
+        weights, objective=config.OBJECTIVE, genes=list(genes), gene_emb=torch.from_numpy(gene_emb),
+        gene_window=[config.GENE_WINDOW, config.GENE_DECAY], **encoders()), **facts)
     artifacts.save("effendi.h5ad", lambda f: write_h5ad(f, data, out), rows=len(data["cells"]),
                    ids=artifacts.hash_ids(data["cells"]), **facts)
-    curve = pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
+    curve = pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="row"))
     artifacts.save_table("train_delay_curve.csv", curve, **facts)
     artifacts.save_table("gene_tau_estimates.csv", table, **facts)
-    return table
 
 
 def run():
+    if config.OBJECTIVE == "anchored":
+        return run_anchored()
     key = artifacts.stage_key("train_delay", {name: artifacts.existing(name) for name in INPUTS}, SETTINGS)
     if artifacts.is_done(key, *OUTPUTS):
         print("train_delay: up to date")
@@ -237,12 +433,14 @@ def run():
         lambda model: artifacts.save_model("effendi_stage1.pt", {"args": model.args, "state_dict": model.state_dict()},
                                            **facts))
     seconds = time.time() - start
-    table = save_results(model, data, history, device, dict(
-        facts, seconds=round(seconds, 1), metrics=history[-1], meaning=MEANINGLESS))
+    out = inference.predict(model, data["z_atac"], data["gene_emb"], device, config.BATCH_SIZE)
+    table = tau_table(out["tau"], data)
+    facts |= dict(seconds=round(seconds, 1), metrics=history[-1], meaning=MEANINGLESS)
+    save_results(model, table, out, data, history, facts, data["genes"].index, data["gene_emb"])
     artifacts.drop_checkpoint(RESUME)
     print(f"train_delay: {len(data['cells'])} cells, {len(table)} genes, tau {table.tau.min():.3f}-"
-          f"{table.tau.max():.3f} (ODE time), held-out L {history[0]['total']:.3f} -> {history[-1]['total']:.3f}, {seconds:.0f} s "
-          f"-> {config.OUT_DIR}/gene_tau_estimates.csv, effendi.h5ad, effendi.pt")
+          f"{table.tau.max():.3f} (ODE time), held-out L {history[0]['total']:.3f} -> {history[-1]['total']:.3f}, "
+          f"{seconds:.0f} s -> {config.OUT_DIR}/gene_tau_estimates.csv, effendi.h5ad, effendi.pt")
 
 
 def main(argv=None):

@@ -1,11 +1,15 @@
-"""Stage 1: fit AlignMLP and v_theta so that the ATAC cloud, carried by the ODE, covers the RNA cloud.
+"""Stage 1, on cells that need not be paired.
 
+OBJECTIVE = "anchored" (default): what a state means in chromatin.
+    z = AlignMLP(z_ATAC), D(z, g) a readout of gene g's own accessibility; both fitted to ATAC alone (anchored.py)
+
+OBJECTIVE = "specification": AlignMLP and v_theta, so that the ATAC cloud, carried by the ODE, covers the RNA cloud.
     L = SW2(phi_tau_bar(z_A), z_R)^2 + W_REVERSE L_reverse          tau_bar one positive number, learned
+    Both clouds are drawn from independently, and their rows are first put into an order that depends on their
+    values alone, so that no pairing can leak in through the row number.
 
-Unpaired: both clouds are drawn from independently, and their rows are first put into an order that depends
-on their values alone, so that no pairing can leak in through the row number.
-
-Reads   effendi_atac_emb.npy (N, 256), effendi_rna_emb.npy (M, 512)
+Reads   effendi_atac_emb.npy (N, 256); anchored: gene_accessibility.npz (N, G), gene_embeddings.npy (G, 512);
+        specification: effendi_rna_emb.npy (M, 512)
 Writes  align_mlp.pt, vector_field_frozen.pt, train_vf_curve.csv
 Run     python train_vf.py --set VF_EPOCHS=5
 """
@@ -20,6 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+import anchored
 import artifacts
 import config
 from align_mlp import AlignMLP
@@ -31,6 +36,10 @@ INPUTS = ("effendi_atac_emb.npy", "effendi_rna_emb.npy")
 OUTPUTS = ("align_mlp.pt", "vector_field_frozen.pt", "train_vf_curve.csv")
 SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "N_PROJ_W2", "VF_EPOCHS", "VF_LR", "BATCH_SIZE",
             "W_REVERSE", "EXPLODE_NORM", "N_STEPS_BAR", "HELD_OUT")
+RESUME = "train_vf.resume.pt"
+ANCHORED_INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz", "genes.csv",
+                   "gene_embeddings.npy")
+ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "MEMBERS", "ANCHOR_STEPS", "ANCHOR_CELLS", "MIN_ACCESS")
 EVAL_CELLS = 1000           # cells of each held-out cloud in a reported SW2; sorting them is quick
 
 
@@ -84,7 +93,7 @@ def fit(z_atac, z_R, device, seed, resume=None, checkpoint=None):
         print(f"train_vf: going on after epoch {len(history)}")
     for epoch in range(len(history) + 1, config.VF_EPOCHS + 1):
         model.train()
-        for _ in tqdm(range(math.ceil(len(atac) / batch)), desc=f"epoch {epoch}/{config.VF_EPOCHS}", leave=False):
+        for _ in tqdm(range(math.ceil(len(atac) / batch)), desc=f"epoch {epoch}/{config.VF_EPOCHS}", leave=False, disable=None):
             z_a = atac[torch.randint(len(atac), (batch,), generator=rng)].to(device)
             z_r = rna[torch.randint(len(rna), (batch,), generator=rng)].to(device)
             loss = model.losses(z_a, z_r, random_directions(z_r.shape[1], config.N_PROJ_W2, rng), config.N_STEPS_BAR)
@@ -113,7 +122,71 @@ def evaluate(model, atac, rna, directions):
     return dict(sw2=loss["sw2_sq"].sqrt().item(), reverse=loss["reverse"].item(), tau_bar=model.tau_bar.item())
 
 
+# --- Stage 1 of the identifiable model ------------------------------------------------------------------------
+
+def load_accessibility():
+    """ATAC embedding (N, 256), accessibility (N, G') and embeddings (G', 512) of the genes that have chromatin, and
+    their names. At most ANCHOR_CELLS cells, paired ones first, by a seeded draw."""
+    artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz")
+    artifacts.same_rows("genes.csv", "gene_embeddings.npy")
+    genes, obs = artifacts.load_table("genes.csv"), artifacts.load_table("effendi_atac_obs.csv")
+    if artifacts.record("gene_accessibility.npz")["columns"] != artifacts.record("genes.csv")["ids"]:
+        raise ValueError(f"{artifacts.path('gene_accessibility.npz')} and {artifacts.path('genes.csv')} name different "
+                         "genes.\n  Make it again: python precompute_embeddings.py genes")
+    draw = np.random.default_rng(config.SEED).random(len(obs)) + (obs["source"] != "paired").to_numpy()
+    rows = np.sort(np.argsort(draw)[:config.ANCHOR_CELLS])
+    access = artifacts.load_sparse("gene_accessibility.npz")[rows]
+    seen = np.asarray(access.sum(0)).ravel() >= config.MIN_ACCESS
+    if seen.sum() < 10:
+        raise ValueError(f"only {seen.sum()} of {len(genes)} genes have {config.MIN_ACCESS} accessible counts near "
+                         "them, all cells together.\n  Delays need the genes' own chromatin: check gene positions and "
+                         "genome build, or lower MIN_ACCESS.")
+    print(f"train_vf: {seen.sum():,} of {len(genes):,} genes have accessibility of their own; {len(rows):,} of "
+          f"{len(obs):,} ATAC cells")
+    return (artifacts.load_array("effendi_atac_emb.npy", (None, config.HYENADNA_D_MODEL))[rows],
+            access[:, seen].toarray(), artifacts.load_array("gene_embeddings.npy", (None, config.DIM))[seen],
+            list(genes.index[seen]))
+
+
+def run_anchored():
+    """Stage 1: latent and readout of each gene's own accessibility, from ATAC alone; MEMBERS independent fits."""
+    inputs = {name: artifacts.existing(name) for name in ANCHORED_INPUTS}
+    key = artifacts.stage_key("train_vf", inputs, ANCHORED_SETTINGS)
+    if artifacts.is_done(key, *OUTPUTS):
+        return print("train_vf: up to date")
+    start = time.time()
+    config.pick_device()
+    x, access, gene_emb, genes = load_accessibility()
+    done = artifacts.load_checkpoint(RESUME, key) or []
+    for member in range(len(done), config.MEMBERS):
+        rng = anchored.generator(config.SEED, "anchor", member)
+        with tqdm(total=config.ANCHOR_STEPS, unit="step", desc=f"member {member + 1}", leave=False, disable=None) as bar:
+            anchor = anchored.fit_anchor(x, access, gene_emb, rng, steps=config.ANCHOR_STEPS, progress=bar.update)
+        done.append({"align": anchor.align.state_dict(), "readout": anchor.readout.state_dict(),
+                     "steps": anchor.steps, "history": anchor.history})
+        artifacts.save_checkpoint(RESUME, key, done)
+        print(f"train_vf: member {member + 1}: held-out accessibility {anchor.history[0][1]:.4f} -> {anchor.nll:.4f} "
+              f"nats an entry, best after {anchor.steps} steps")
+    curve = pd.DataFrame([dict(member=m + 1, step=step, held_out_nll=nll) for m, d in enumerate(done)
+                          for step, nll in d["history"]])
+    curve.index = pd.RangeIndex(1, len(curve) + 1, name="row")
+    seconds = time.time() - start
+    facts = dict(stage="train_vf", key=key, seconds=round(seconds, 1), cells=len(x), genes=len(genes),
+                 metrics=dict(held_out_nll=[min(nll for _, nll in d["history"]) for d in done]))
+    torch.manual_seed(config.SEED)
+    field = EffendiVectorField(config.DIM, config.VF_HIDDEN, rank=anchored.LATENT)
+    artifacts.save_model("align_mlp.pt", {"members": done, "genes": genes}, **facts)
+    artifacts.save_model("vector_field_frozen.pt", {"args": field.args, "state_dict": field.state_dict()}, **dict(
+        facts, note="untrained: under OBJECTIVE anchored the flow is learned in Stage 2"))
+    artifacts.save_table("train_vf_curve.csv", curve, **facts)
+    artifacts.drop_checkpoint(RESUME)
+    print(f"train_vf: {len(done)} readouts of {len(genes):,} genes' own chromatin in {len(x):,} cells, {seconds:.0f} s "
+          f"-> {config.OUT_DIR}/align_mlp.pt")
+
+
 def run():
+    if config.OBJECTIVE == "anchored":
+        return run_anchored()
     key = artifacts.stage_key("train_vf", {name: artifacts.existing(name) for name in INPUTS}, SETTINGS)
     if artifacts.is_done(key, *OUTPUTS):
         print("train_vf: up to date")
@@ -122,8 +195,8 @@ def run():
     z_atac = artifacts.load_array("effendi_atac_emb.npy", (None, config.HYENADNA_D_MODEL))
     z_R = artifacts.load_array("effendi_rna_emb.npy", (None, config.DIM))
     model, history = fit(z_atac, z_R, config.pick_device(), config.SEED,
-                         artifacts.load_checkpoint("train_vf.resume.pt", key),
-                         lambda state: artifacts.save_checkpoint("train_vf.resume.pt", key, state))
+                         artifacts.load_checkpoint(RESUME, key),
+                         lambda state: artifacts.save_checkpoint(RESUME, key, state))
     seconds = time.time() - start
     facts = dict(stage="train_vf", key=key, seconds=round(seconds, 1), metrics=history[-1], cells=dict(
         atac=len(z_atac), rna=len(z_R)), spaces=[artifacts.record(name).get("space") for name in INPUTS])
@@ -132,7 +205,7 @@ def run():
                                     "tau_bar": model.tau_bar.item()}, **facts)
     curve = pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
     artifacts.save_table("train_vf_curve.csv", curve, **facts)
-    artifacts.drop_checkpoint("train_vf.resume.pt")
+    artifacts.drop_checkpoint(RESUME)
     print(f"train_vf: held-out SW2 {history[0]['sw2']:.3f} -> {history[-1]['sw2']:.3f} in {len(history)} epochs, "
           f"{seconds:.0f} s -> {config.OUT_DIR}/align_mlp.pt, vector_field_frozen.pt")
 

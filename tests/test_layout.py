@@ -12,6 +12,7 @@ LEVELS = [
     {"artifacts", "align_mlp", "slice_w2", "vector_field", "simulate"},
     {"effendi_loader", "anchored"},
     {"effendi", "linear_encoder", "scgpt_encoder", "hyenadna_encoder"},
+    {"embed_cells"},
     {"precompute_embeddings", "inference"},
     {"train_vf", "train_delay", "intervention"},
     {"validate", "report"},

@@ -1,4 +1,10 @@
 """Stage 0 as a user runs it: what it writes, that it is skipped or repeated rightly, and what it refuses."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import anndata
@@ -6,13 +12,19 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import real_encoders
 import scipy.sparse as sp
+import torch
+from test_scgpt_encoder import write_folder
 
 import artifacts
 import config
+import hyenadna_encoder
 import linear_encoder as le
 import precompute_embeddings as pre
+import scgpt_encoder
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CELLS, GENES, PEAKS = 120, 30, 90
 
@@ -223,15 +235,15 @@ def test_genes_finds_the_files_that_atac_read(tmp_path):
 
 # --- bad input: exit status 2, a message, nothing written ---------------------------------------------------
 
-def refused(tmp_path, capsys, argv):
-    """The message of a run that must fail, with nothing written."""
+def refused(tmp_path, capsys, argv, leaves=()):
+    """The message of a run that must fail, with nothing written but what `leaves` names."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         config.script(lambda: pre.main(argv))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in message and "\n  " in message
     out = tmp_path / "out"
-    assert not out.exists() or not list(out.iterdir())
+    assert not out.exists() or {path.name for path in out.iterdir()} <= set(leaves)
     return message
 
 
@@ -384,3 +396,259 @@ def test_real_normalised_accessibility_is_refused_and_recovered_counts_are_found
     config.ATAC_FILE = None
     pre.main(["rna", "--rna", str(DATA / "scicar_a549_paired/rna.h5ad"), *out])
     assert "counts from layers['counts_recovered']" in capsys.readouterr().out
+
+
+# --- scGPT and HyenaDNA -------------------------------------------------------------------------------------
+
+REAL_ARRAYS = ("effendi_rna_emb.npy", "effendi_atac_emb.npy", "peak_embeddings.npy", "gene_embeddings.npy")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return real_encoders.make(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """Folder and arrays of an undisturbed run of all three stages."""
+    out = tmp_path_factory.mktemp("whole")
+    before = config.snapshot()
+    run_all(real_encoders.arguments(files, out))
+    arrays = {name: artifacts.load_array(name, (None, 32)) for name in REAL_ARRAYS}
+    for name, value in before.items():
+        setattr(config, name, value)
+    return out, arrays
+
+
+def test_the_real_encoders_give_what_their_modules_give(files, whole):
+    out, arrays = whole
+    config.OUT_DIR, config.DIM, config.HYENADNA_D_MODEL = str(out), 32, 32
+    rna, peaks = files["data"].rna, artifacts.load_table("peaks.csv")
+    z = scgpt_encoder.encode_rna(rna, files["scgpt"], device="cpu", dtype="float32", progress=False)
+    np.testing.assert_allclose(arrays["effendi_rna_emb.npy"], z, atol=1e-5)
+    kept = peaks[peaks["kept"]]
+    model = hyenadna_encoder.load_model(files["hyenadna"])
+    want = hyenadna_encoder.encode_sequences(hyenadna_encoder.peak_sequences(kept, files["genome"]), model)
+    np.testing.assert_allclose(arrays["peak_embeddings.npy"], want, atol=1e-5)
+    counts = files["data"].atac[:, kept.index].X.tocsr()
+    want = hyenadna_encoder.cell_embeddings(lambda: [counts], arrays["peak_embeddings.npy"])
+    np.testing.assert_allclose(arrays["effendi_atac_emb.npy"], want, atol=1e-5 * np.abs(want).max())    # float32 inside
+
+
+def test_genes_without_an_scgpt_embedding_are_left_out_everywhere_and_listed(files, whole):
+    config.OUT_DIR = str(whole[0])
+    missing = list(files["data"].rna.var_names[:real_encoders.UNKNOWN])
+    genes = artifacts.load_table("genes.csv")
+    assert artifacts.record("genes.csv")["missing"] == missing and not set(missing) & set(genes.index)
+    assert len(genes) == real_encoders.GENES - real_encoders.UNKNOWN
+    artifacts.same_rows("genes.csv", "gene_embeddings.npy")
+    assert artifacts.record("gene_embeddings.npy")["genes"] == list(genes.index)
+    artifacts.same_rows("gene_expression.npz", "gene_accessibility.npz", field="columns")
+    assert artifacts.record("gene_expression.npz")["columns"] == artifacts.record("genes.csv")["ids"]
+    for name in pre.RNA_FILES + pre.ATAC_FILES + pre.GENE_FILES:
+        assert artifacts.record(name)["space"] and artifacts.record(name)["encoder"] in ("scgpt", "hyenadna")
+    assert not (whole[0] / "shards").exists() and not list(whole[0].glob("*.tmp"))
+
+
+def test_finished_real_work_is_skipped_until_the_weights_change(files, whole, capsys, tmp_path):
+    arguments = real_encoders.arguments(files, whole[0])
+    run_all(arguments)
+    assert capsys.readouterr().out.count("up to date") == 3
+    other = write_folder(tmp_path / "other", seed=1, genes=list(files["data"].rna.var_names))
+    key = artifacts.record("genes.csv")["key"]
+    config.SCGPT_MODEL_DIR = str(other)
+    assert pre._key("rna", pre.input_files("rna"), "scgpt", None, ("N_HVG", "MIN_GENE_CELLS")) != key
+    with pytest.raises(ValueError, match="does not hold the scGPT that embedded the cells"):
+        pre.main(["genes", *arguments, "--set", f"SCGPT_MODEL_DIR={other}", "--set", "GENE_DECAY=900"])
+
+
+@pytest.mark.parametrize("stage", ["rna", "atac"])
+def test_a_run_stopped_between_shards_goes_on_and_ends_with_the_same_arrays(files, whole, tmp_path, monkeypatch, stage):
+    save, saved = pre.save_shard, []
+
+    def stop_after_two(what, first, *rest):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(first)
+        save(what, first, *rest)
+
+    arguments = [stage, *real_encoders.arguments(files, tmp_path / "out")]
+    monkeypatch.setattr(pre, "save_shard", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        pre.main(arguments)
+    assert saved == [0, 16] and not artifacts.path(f"effendi_{stage}_emb.npy").exists()
+    monkeypatch.setattr(pre, "save_shard", lambda what, first, *rest: (saved.append(first), save(what, first, *rest)))
+    pre.main(arguments)
+    assert saved == list(range(0, {"rna": real_encoders.CELLS, "atac": 40}[stage], 16))        # none twice
+    name = f"effendi_{stage}_emb.npy"
+    assert np.array_equal(artifacts.load_array(name, (None, 32)), whole[1][name])
+    assert not artifacts.path("shards").exists()
+
+
+def test_a_killed_process_leaves_whole_shards_and_nothing_else(files, whole, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["atac", *real_encoders.arguments(files, out), "--set", "EMB_SHARD_ROWS=2"]
+    running = subprocess.Popen([sys.executable, str(ROOT / "precompute_embeddings.py"), *arguments],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("shards/*.npy.json"))) < 3 and running.poll() is None:
+        time.sleep(0.005)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert {path.name for path in out.iterdir()} == {"shards", "genome.fa.fai"}
+    pre.main(arguments)
+    for name in ("effendi_atac_emb.npy", "peak_embeddings.npy"):        # batches of 2, so float32 rounding differs
+        np.testing.assert_allclose(artifacts.load_array(name, (None, 32)), whole[1][name], atol=1e-5)
+
+
+def test_the_dtype_is_chosen_once_and_kept_when_the_run_goes_on(files, tmp_path, monkeypatch):
+    arguments = ["atac", *real_encoders.arguments(files, tmp_path / "out"), "--set", "EMB_DTYPE=None"]
+    choose = hyenadna_encoder.choose_dtype
+    monkeypatch.setattr(hyenadna_encoder, "choose_dtype", lambda *a: (choose(*a), (torch.bfloat16, "so chosen"))[1])
+    monkeypatch.setattr(pre, "gather_shards", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pre.main(arguments)
+    monkeypatch.undo()
+    config.OUT_DIR = str(tmp_path / "out")
+    monkeypatch.setattr(hyenadna_encoder, "choose_dtype", lambda *a: 1 / 0)
+    pre.main(arguments)
+    assert artifacts.record("effendi_atac_emb.npy")["how"]["dtype"] == "bfloat16"
+
+
+def test_two_processes_write_the_arrays_of_one(files, whole, tmp_path):
+    out = tmp_path / "out"
+    script = tmp_path / "both.py"               # both stages in one start: importing torch takes most of the time
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport precompute_embeddings as pre\n"
+                      "for stage in ('rna', 'atac'):\n    pre.main([stage, *sys.argv[1:]])\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(script), *real_encoders.arguments(files, out)],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for stage in ("rna", "atac"):
+        assert done.stdout.count(f"precompute_embeddings {stage}: {real_encoders.CELLS} cells") == 1
+    config.OUT_DIR = str(out)
+    for name in REAL_ARRAYS[:3]:
+        assert np.array_equal(artifacts.load_array(name, (None, 32)), whole[1][name]), name
+    assert not (out / "shards").exists()
+
+
+def test_an_atlas_is_embedded_behind_the_paired_cells(files, whole, tmp_path):
+    atlas = files["data"].rna[:20].copy()
+    pre.main(["rna", *real_encoders.arguments(files, tmp_path / "out"),
+              "--unpaired-rna", saved(tmp_path, "atlas", atlas)])
+    z = artifacts.load_array("effendi_rna_emb.npy", (real_encoders.CELLS + 20, 32))
+    np.testing.assert_allclose(z[-20:], whole[1]["effendi_rna_emb.npy"][:20], atol=1e-5)       # the same cells
+
+
+def test_cells_without_a_known_gene_are_left_out_and_named(files, tmp_path, capsys):
+    data = files["data"].rna.copy()
+    x = data.X.tolil()
+    x[5, real_encoders.UNKNOWN:] = 0
+    x[5, 0] = 3
+    data.X = x.tocsr()
+    pre.main(["rna", *real_encoders.arguments(files, tmp_path / "out"), "--rna", saved(tmp_path, "rna", data)])
+    assert f"1 cells without a single rna count of a gene that the encoder knows are left out (first: " \
+           f"{data.obs_names[5]})" in capsys.readouterr().out
+
+
+# --- bad input to the real encoders -------------------------------------------------------------------------
+
+def copy_of(files, tmp_path, name):
+    return Path(shutil.copytree(files[name], tmp_path / name))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def set_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def without_a_gene(path):
+    genes = [token for token in json.loads(path.read_text()) if token != "SIM00060"]
+    path.write_text(json.dumps({token: i for i, token in enumerate(genes)}))
+
+
+SCGPT_FAULTS = {
+    "missing weights": (lambda d: (d / "best_model.pt").unlink(), "lacks best_model.pt"),
+    "truncated weights": (lambda d: cut(d / "best_model.pt"), "cannot be read as weights"),
+    "another architecture": (lambda d: set_json(d / "args.json", d_hid=64), "is not the scGPT encoder that"),
+    "a vocabulary of another size": (lambda d: without_a_gene(d / "vocab.json"), "belong to different models"),
+    "too few genes matched": (lambda d: write_folder(d, genes=[f"SIM{i:05d}" for i in range(60, 400)]),
+                              "only 71 of 130 genes are in the vocabulary"),
+    "another width": (lambda d: None, "has embeddings of width 32, DIM is 16"),
+}
+
+
+@pytest.mark.parametrize("fault", SCGPT_FAULTS)
+def test_scgpt_is_refused_with(files, tmp_path, capsys, fault):
+    change, expected = SCGPT_FAULTS[fault]
+    folder = copy_of(files, tmp_path, "scgpt")
+    change(folder)
+    width = ["--set", "DIM=16"] if fault == "another width" else []
+    assert expected in refused(tmp_path, capsys, ["rna", *real_encoders.arguments(files, tmp_path / "out"),
+                                                  "--set", f"SCGPT_MODEL_DIR={folder}", *width])
+
+
+def fasta(path, sizes):
+    path.write_text("".join(f">{name}\n{'ACGT' * (size // 4)}\n" for name, size in sizes.items()))
+    return path
+
+
+HYENADNA_FAULTS = {
+    "missing weights": (lambda d: (d / "model.safetensors").unlink(), None, "lacks model.safetensors"),
+    "truncated weights": (lambda d: cut(d / "model.safetensors"), None, "truncated or not safetensors"),
+    "another architecture": (lambda d: set_json(d / "config.json", n_layer=3), None, "does not fit the HyenaDNA"),
+    "another width": (lambda d: set_json(d / "config.json", d_model=64), None, "d_model 64"),
+    "no genome": (None, lambda p: "", "GENOME_FILE is not set"),
+    "a genome that is not there": (None, lambda p: p / "none.fa", "not found"),
+    "what is no genome": (None, lambda p: Path(shutil.copy(__file__, p / "g.fa")), "cannot be read as a genome"),
+    "no such chromosome": (None, lambda p: fasta(p / "g.fa", {"chr9": 10_000_000}), "another genome build"),
+    "another build": (None, lambda p: fasta(p / "g.fa", {"chr1": 90_000}), "another genome build"),
+}
+
+
+@pytest.mark.parametrize("fault", HYENADNA_FAULTS)
+def test_hyenadna_is_refused_with(files, tmp_path, capsys, fault):
+    change_model, genome, expected = HYENADNA_FAULTS[fault]
+    argv = ["atac", *real_encoders.arguments(files, tmp_path / "out")]
+    if change_model:
+        folder = copy_of(files, tmp_path, "hyenadna")
+        change_model(folder)
+        argv += ["--set", f"HYENADNA_MODEL_DIR={folder}"]
+    else:
+        argv[argv.index("--genome") + 1] = str(genome(tmp_path))
+    assert expected in refused(tmp_path, capsys, argv, leaves={"g.fa.fai"})
+
+
+def test_an_unknown_dtype_is_refused(files, tmp_path, capsys):
+    argv = ["rna", *real_encoders.arguments(files, tmp_path / "out"), "--set", "EMB_DTYPE=float16"]
+    assert "EMB_DTYPE='float16'" in refused(tmp_path, capsys, argv)
+
+
+# --- real files through the real encoders' code, with random weights ------------------------------------------
+
+@pytest.mark.skipif(not (DATA / "cima").is_dir(), reason="the CIMA demonstration file is not there")
+def test_real_peaks_of_501_bp_are_embedded_on_a_made_up_genome(files, tmp_path):
+    data = anndata.read_h5ad(DATA / "cima/demo_atac_raw.h5ad")
+    chosen = data[:, data.var_names.str.match("chr(19|21|22):")].copy()
+    lines = (line.split() for line in (DATA / "gene_tss/hg38.chrom.sizes").read_text().splitlines())
+    sizes = {name: int(size) for name, size in lines if name in ("chr19", "chr21", "chr22")}
+    genome = real_encoders.write_random_2bit(tmp_path / "genome.2bit", sizes)
+    pre.main(["atac", "--atac", saved(tmp_path, "cima", chosen), "--genome", str(genome),
+              "--out", str(tmp_path / "out"), *real_encoders.settings(files), "--set", "ATAC_TOP_PEAKS=100"])
+    z = artifacts.load_array("effendi_atac_emb.npy", (None, 32))
+    assert np.isfinite(z).all() and (z.std(axis=0) > 0).sum() > 10
+    assert np.isfinite(artifacts.load_array("peak_embeddings.npy", (100, 32))).all()
+
+
+@pytest.mark.skipif(not (DATA / "a549_multiome").is_dir(), reason="the A549 multiome files are not there")
+def test_real_a549_cells_are_read_by_an_scgpt_with_the_released_vocabulary(files, tmp_path):
+    vocab = json.loads((DATA / "scgpt_vocab/default_census_vocab.json").read_text())
+    folder = write_folder(tmp_path / "model", genes=list(vocab))
+    pre.main(["rna", "--rna", str(DATA / "a549_multiome/rna.h5ad"), "--max-cells", "60", "--out", str(tmp_path / "out"),
+              *real_encoders.settings(files), "--set", f"SCGPT_MODEL_DIR={folder}"])
+    z = artifacts.load_array("effendi_rna_emb.npy", (60, 32))
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
+    record = artifacts.record("genes.csv")
+    assert record["how"]["max_seq_len"] == 1186 and len(record["missing"]) < 0.1 * record["rows"]

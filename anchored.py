@@ -1,0 +1,734 @@
+"""Delays anchored in each gene's own chromatin: from arrays to log tau_g and what it is worth.
+
+    z         AlignMLP(x)                                                   (N, 8)
+    D(z, g)   4 exp(g.e_g + p_g) sigmoid(kappa P(R z).(e_g + delta_g) + b.e_g + q_g)
+    Stage 1   access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g))    ATAC alone, never paired
+    Stage 2   counts[c, g] ~ Poisson(mu_r[g] s_r[c] yhat[c, g])             D frozen; v and tau learned
+    yhat      A_g sum_s W_s(tau_g) D(z_s, g) + B_g,   dz/dt = v(z), z_0 = z, Lip(v) <= 1
+
+Expression of gene g is what the frozen readout of its own accessibility gives once the state has moved for
+tau_g. Stage 2 is expectation-maximisation: given v, each gene's likelihood is laid out on a grid of log tau
+(E-step); given tau, v follows the gradient (M-step). Only ratios of delays are determined: the gauge is
+mean log tau = 0 over the genes that carry signal. RNA lags chromatin, so v runs backward in developmental time.
+
+    rng = torch.Generator().manual_seed(0)
+    result = fit(x, access, counts, gene_emb, rng)          # both stages, averaged over members
+    result.log_tau, result.sd, result.kernel                # (G,), (G,), "exp" | "shift" | "gamma"
+    halves = split_half(x, access, counts, gene_emb, rng, result.kernel)
+    verdict = gate(result, halves)                          # .open, .reasons
+    low, high = intervals(result.log_tau, result.sd, replicates)
+    ok, why = identifiable(result, access, counts, halves)
+
+or a stage at a time: anchor = fit_anchor(x, access, gene_emb, rng);
+delays = fit_delay(anchor.z, anchor.readout, counts, rng, kernel=None).
+
+Shapes  N cells, G genes, T + 1 saved times, U grid values; x (N, 256), access and counts (N, G),
+        gene_emb (G, 512), z (N, 8), D (N, G), log_tau (G,)
+Units   ODE time in the gauge above, never hours
+Ref     Dempster et al. 1977, Maximum likelihood from incomplete data via the EM algorithm
+"""
+import copy
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from align_mlp import AlignMLP
+from vector_field import EffendiVectorField
+
+LATENT = 8                                                  # more dimensions measured worse
+TIMES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)                          # where the Euler path is kept
+KERNELS = ("exp", "shift", "gamma")
+LOG_TAU = torch.linspace(math.log(0.06), math.log(8.0), 33)
+SHAPES = {"exp": 1.0, "gamma": 3.0}                         # of the gamma-distributed delay; "shift" has none
+BANDWIDTH = 0.7                                             # latent units over which landmark cells are averaged
+N_LANDMARKS = 400
+DECAY = 0.0
+PEN = 1.0
+NOISE = 0.3                                                 # latent noise under which the readout must hold
+
+
+# --- the delay kernel --------------------------------------------------------------------------------------------
+
+def kernel_weights(tau, times, kernel):
+    """How much each saved state counts when a gene of mean delay tau is read from the path.
+
+        W_s(tau) = int k_tau(t) hat_s(t) dt      hat_s: the s-th hat function of the piecewise-linear path
+        k_tau    "shift": a point mass at tau; "exp", "gamma": the gamma density of mean tau and shape 1, 3
+        F(t) = int_0^t k,  M(t) = int_0^t s k(s) ds give both in closed form, interval by interval
+        Past the last time the path stays at its last state.
+
+    Shapes  tau (...), times (T+1,) -> (..., T+1), summing to 1
+    """
+    t = torch.as_tensor(times, dtype=tau.dtype, device=tau.device)
+    tau = tau[..., None]
+    if kernel == "shift":
+        mass = ((t >= tau) & (t > 0)).to(tau.dtype)                             # F at each saved time
+        first = tau * mass                                                      # M at each saved time
+    else:
+        k = torch.full_like(tau * t, SHAPES[kernel])
+        mass = torch.special.gammainc(k, k * t / tau)
+        first = tau * torch.special.gammainc(k + 1, k * t / tau)
+    inside = mass.diff(dim=-1)                                                  # (..., T) mass of each interval
+    upper = (first.diff(dim=-1) - t[:-1] * inside) / (t[1:] - t[:-1])           # its share for the later state
+    weights = torch.cat([inside - upper, 1 - mass[..., -1:]], -1)
+    weights[..., 1:] += upper
+    return weights
+
+
+# --- Stage 1: the readout of a gene's own chromatin ----------------------------------------------------------------
+
+class GeneReadout(nn.Module):
+    """Relative accessibility of every gene in a state, mean about 1 over the cells.
+
+        D(z, g) = 4 exp(g.e_g + p_g) sigmoid(kappa P(z).(e_g + delta_g) + b.e_g + q_g)
+
+    e_g is the gene embedding on its leading principal axes; delta_g, p_g, q_g are free per gene and
+    penalised, so that a gene differs from what its embedding says only as far as its own counts ask for it.
+    """
+
+    def __init__(self, gene_emb, latent=LATENT, hidden=64, rank=32):
+        super().__init__()
+        self.args = dict(n_genes=len(gene_emb), latent=latent, hidden=hidden, rank=rank)
+        centre = gene_emb.mean(0)
+        axes = torch.linalg.svd(gene_emb - centre, full_matrices=False).Vh[:rank].T
+        e = (gene_emb - centre) @ axes
+        axes = axes / e.square().mean().sqrt().clamp_min(1e-12)
+        self.register_buffer("centre", centre)
+        self.register_buffer("axes", axes)                                      # (emb dim, K)
+        self.register_buffer("e", (gene_emb - centre) @ axes)                   # (G, K)
+        width = self.e.shape[1]
+        self.kappa = 12 / math.sqrt(width)
+        self.P = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, width))
+        self.gain = nn.Parameter(torch.zeros(width))
+        self.offset = nn.Parameter(torch.zeros(width))
+        self.delta = nn.Parameter(torch.zeros(len(gene_emb), width))
+        self.p = nn.Parameter(torch.full((len(gene_emb),), -math.log(2)))
+        self.q = nn.Parameter(torch.zeros(len(gene_emb)))
+        self.register_buffer("landmarks", torch.empty(0, latent))
+
+    def hidden(self, z):
+        """P at the nearest believable state, sum_j softmax_j(-|z - z_j|^2 / 2 h^2) z_j over landmark cells z_j.
+
+        The flow leaves the cells that the readout was fitted on; what the readout says out there is arbitrary,
+        and a flow free to use it explains expression without moving along the process.
+        """
+        if len(self.landmarks):
+            close = (z @ self.landmarks.T - self.landmarks.square().sum(1) / 2) / BANDWIDTH**2
+            z = torch.softmax(close, -1) @ self.landmarks
+        return self.P(z)
+
+    def forward(self, z, genes=slice(None)):
+        """(..., latent) -> (..., G) for the genes asked for."""
+        level, shape = self.parts(self.hidden(z), genes)
+        return level * shape
+
+    def parts(self, hidden, genes=slice(None)):
+        """(G,) and (..., G), whose product is D; hidden = P(z) (..., K)."""
+        e = self.e[genes]
+        level = 4 * torch.exp(e @ self.gain + self.p[genes])
+        slope = self.kappa * (e + self.delta[genes])
+        return level, torch.sigmoid(hidden @ slope.T + (e @ self.offset + self.q[genes]))
+
+    def penalty(self):
+        p = self.p + math.log(2)
+        return 1e-2 * self.delta.square().mean() + 1e-4 * (p.square().mean() + self.q.square().mean())
+
+
+@dataclass
+class Anchor:
+    align: AlignMLP
+    readout: GeneReadout
+    z: torch.Tensor                 # (N, 8)
+    nll: float                      # held-out cells, per entry
+    steps: int
+    history: list                   # (step, held-out nll)
+
+
+def restore_anchor(align_state, readout_state, x, gene_emb):
+    """An Anchor on the cells x (N, 256) from the saved weights of another one; gene_emb (G, 512) as it was fitted."""
+    hidden = align_state["net.0.bias"].shape[0]
+    align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(torch.as_tensor(gene_emb))
+    readout.landmarks = torch.empty_like(readout_state["landmarks"])
+    align.load_state_dict(align_state)
+    readout.load_state_dict(readout_state)
+    align.eval().requires_grad_(False)
+    return Anchor(align, readout.requires_grad_(False), align(torch.as_tensor(x)), math.nan, 0, [])
+
+
+def size_factors(counts):
+    """Per-cell depth with mean 1 (N,) and per-gene mean (G,)."""
+    s = counts.sum(1)
+    return (s / s.mean()).clamp_min(1e-3), counts.mean(0).clamp_min(1e-6)
+
+
+def poisson_nll(mean, counts):
+    """mean(m - c log m): the negative log-likelihood up to what depends on counts alone."""
+    return (mean - counts * mean.log()).mean()
+
+
+def generator(seed, what, index=0):
+    """A stream of its own for every piece of work, so that redoing one piece alone gives it the same draws."""
+    digest = hashlib.blake2b(f"{seed} {what} {index}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def split_cells(n, share, rng):
+    """Shuffled cell indices: (kept, held out)."""
+    order = torch.randperm(n, generator=rng)
+    n_out = max(1, round(share * n))
+    return order[n_out:], order[:n_out]
+
+
+def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=1e-2, held_out=0.1, hidden=128, check=50,
+               progress=None):
+    """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
+
+    Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU
+    """
+    torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))           # weights and dropout
+    x, access, gene_emb = (torch.as_tensor(a, dtype=torch.float32) for a in (x, access, gene_emb))
+    centre, scale = x.mean(0), (x - x.mean(0)).square().mean(0).max().sqrt().clamp_min(1e-12)
+    xs = (x - centre) / scale
+    align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(gene_emb)
+    params = [*align.parameters(), *readout.parameters()]
+    opt = torch.optim.AdamW(params, lr=lr, weight_decay=DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.1)
+    depth, mean = size_factors(access)
+    train, out = split_cells(len(x), held_out, rng)
+    best, history = (math.inf, 0, None), []
+    for step in range(1, steps + 1):
+        rows = train[torch.randint(len(train), (batch,), generator=rng)]
+        z = align(xs[rows])
+        z = z + NOISE * torch.randn(z.shape, generator=rng)
+        loss = poisson_nll(depth[rows, None] * mean * readout(z), access[rows]) + PEN * readout.penalty()
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        schedule.step()
+        if step % check == 0 or step == steps:
+            align.eval()
+            with torch.no_grad():
+                nll = poisson_nll(depth[out, None] * mean * readout(align(xs[out])), access[out]).item()
+            align.train()
+            history.append((step, nll))
+            if progress is not None:
+                progress(step - (history[-2][0] if len(history) > 1 else 0))
+            if nll < best[0]:
+                best = (nll, step, copy.deepcopy((align.state_dict(), readout.state_dict())))
+    nll, step, (state_align, state_readout) = best
+    align.load_state_dict(state_align)
+    readout.load_state_dict(state_readout)
+    align.eval().requires_grad_(False)
+    readout.requires_grad_(False)
+    with torch.no_grad():                                   # AlignMLP takes x as it comes
+        first = align.net[0]
+        first.weight /= scale
+        first.bias -= first.weight @ centre
+        z = align(x)
+        readout.landmarks = z[train[:N_LANDMARKS]].clone()
+        return Anchor(align, readout, z, nll, step, history)
+
+
+# --- Stage 2: flow and delays ----------------------------------------------------------------------------------------
+
+def bounded_least_squares(ff, f1, fr, n, r, low=0.05):
+    """A >= low, B >= 0 that minimise sum w (A F + B - y)^2, from its sums, elementwise.
+
+        ff = sum w F^2, f1 = sum w F, fr = sum w F y, n = sum w, r = sum w y
+    The problem is convex: a violated bound holds with equality at the solution.
+    """
+    det = (ff * n - f1.square()).clamp_min(1e-9 * ff * n)
+    a, b = (fr * n - f1 * r) / det, (ff * r - f1 * fr) / det
+    a = torch.where(b < 0, fr / ff.clamp_min(1e-12), a)
+    b = b.clamp_min(0)
+    b = torch.where(a < low, ((r - low * f1) / n).clamp_min(0), b)
+    return a.clamp_min(low), b
+
+
+def path(field, z, times=TIMES):
+    """Euler states (T+1, B, 8) at the saved times, the spectral norms computed once."""
+    return moving_path(field, z, times)[0]
+
+
+@torch.no_grad()
+def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, block=64, times=TIMES,
+                    chromatin=None):
+    """Log-likelihood of every gene on the grid of log tau, A and B fitted at each point.
+
+        yhat = A sum_s W_s(tau) D(z_s, g) + B      A, B by least squares weighted with 1 / variance
+        L_g(u) = sum_c y log yhat - mu s yhat
+    now: (A W^T (T+1, G), B), for the variance. chromatin (G,): whose readout each gene is given (None = its own).
+
+    Shapes  states (T+1, N, 8), counts (N, G), offset (N,), mean (G,) -> L, A, B (G, U)
+    """
+    weights = kernel_weights(LOG_TAU.exp(), times, kernel).to(states)           # (U, T+1)
+    hidden = readout.hidden(states)
+    like, a, b = [], [], []
+    for start in range(0, counts.shape[1], block):
+        genes = slice(start, min(start + block, counts.shape[1]))
+        level, shape = readout.parts(hidden, genes if chromatin is None else chromatin[genes])
+        d = level * shape                                                       # (T+1, N, g)
+        y = counts[:, genes]
+        exposure = offset[:, None] * mean[genes]                                # (N, g)
+        if now is None:
+            guess = 0.8 * d.mean(0) + 0.2
+        else:
+            guess = torch.einsum("tg,tng->ng", now[0][:, genes], d) + now[1][genes]
+        w = exposure / guess                                                    # 1 / variance of y / exposure
+        wy = y / guess
+        dg = d.permute(2, 0, 1).contiguous()                                    # (g, T+1, N)
+        wd = dg * w.T[:, None]
+        gram = wd @ dg.transpose(1, 2)                                          # (g, T+1, T+1)
+        ff = torch.einsum("us,gst,ut->gu", weights, gram, weights)
+        f1 = wd.sum(2) @ weights.T
+        fr = torch.einsum("gsn,gn->gs", dg, wy.T.contiguous()) @ weights.T
+        aa, bb = bounded_least_squares(ff, f1, fr, w.sum(0)[:, None], wy.sum(0)[:, None])
+        f = (weights @ d.flatten(1)).view(-1, *d.shape[1:])                     # (U, N, g)
+        f = f.mul_(aa.T[:, None]).add_(bb.T[:, None])
+        reach = torch.einsum("gsn,gn->gs", dg, exposure.T.contiguous()) @ weights.T
+        total = aa * reach + bb * exposure.sum(0)[:, None]                      # sum_c m
+        like.append(f.log_().mul_(y).sum(1).T - total)
+        a.append(aa)
+        b.append(bb)
+    return torch.cat(like), torch.cat(a), torch.cat(b)
+
+
+@dataclass
+class DelayFit:
+    """What Stage 2 found."""
+    field: EffendiVectorField
+    kernel: str
+    log_tau: torch.Tensor           # (G,) posterior mean in the gauge
+    sd: torch.Tensor                # (G,) posterior standard deviation
+    A: torch.Tensor                 # (G,)
+    B: torch.Tensor                 # (G,)
+    log_like: torch.Tensor          # (G, U) on LOG_TAU, before the gauge
+    held_out: torch.Tensor          # (N_out,) log-likelihood of each held-out cell
+    still: torch.Tensor             # (N_out,) the same for v = 0
+    foreign: torch.Tensor           # (N_out,) the same for v = 0 and each gene read from another gene's chromatin
+    gene_gain: torch.Tensor         # (G,) log-likelihood over all cells beyond v = 0
+    gauge: float                    # own log tau of the field - log_tau: what the gauge took away
+    epoch: int
+    history: list                   # (epoch, held-out nats a cell beyond v = 0)
+
+    def state(self):
+        """Plain values and tensors, for a file."""
+        return {**vars(self), "field": self.field.state_dict()}
+
+    @classmethod
+    def from_state(cls, state):
+        field = EffendiVectorField(LATENT, state["field"]["net.0.bias"].shape[0])
+        field.load_state_dict(state["field"])
+        return cls(**{**state, "field": field.eval().requires_grad_(False)})
+
+
+def posterior(log_like, prior_mean, prior_sd):
+    """Posterior weights on the grid (G, U), posterior mean and sd (G,)."""
+    log_post = log_like - ((LOG_TAU - prior_mean[:, None]) / prior_sd).square() / 2
+    weights = torch.softmax(log_post.double(), 1).float()
+    mean = weights @ LOG_TAU
+    return weights, mean, (weights @ LOG_TAU.square() - mean.square()).clamp_min(1e-6).sqrt()
+
+
+def gauge(mean, sd, prior_sd):
+    """Mean log tau over genes, each weighted with the share of the prior variance that its data removed."""
+    weight = (1 - (sd / prior_sd).square()).clamp_min(1e-3)
+    return (weight * mean).sum() / weight.sum()
+
+
+def head_means(gene_emb, log_tau, sd, prior_sd, ridge=10.0):
+    """What the embeddings of all other genes say about a gene's log tau: ridge regression, leave-one-out.
+
+        mean_-g = (fit_g - h_g y_g) / (1 - h_g)     h the diagonal of the hat matrix
+    Shrunk by its own leave-one-out slope, so that embeddings that predict nothing give the gauge's zero.
+    """
+    e = torch.cat([gene_emb, torch.ones(len(gene_emb), 1)], 1).double()
+    w = (1 - (sd / prior_sd).square()).clamp_min(1e-3).double()
+    we = e * w[:, None]
+    solve = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1], dtype=e.dtype), we.T)       # (K, G)
+    h = (e * solve.T).sum(1).clamp_max(0.99)
+    y = log_tau.double()
+    left_out = (e @ (solve @ y) - h * y) / (1 - h)
+    slope = (w * left_out * y).sum() / (w * left_out.square()).sum().clamp_min(1e-12)
+    return (left_out * slope.clamp(0, 1)).float()
+
+
+def head_predict(gene_emb, log_tau, sd, new_emb, prior_sd=1.0, ridge=10.0):
+    """log tau (H,) of genes that were not fitted, from their embeddings (H, D): the same ridge, shrunk alike.
+
+    gene_emb (G, D), log_tau and sd (G,) of the fitted genes. Embeddings are read on the fitted genes' axes.
+    """
+    known = GeneReadout(gene_emb)
+    left_out = head_means(known.e, log_tau, sd, prior_sd, ridge)
+    e, new = (torch.cat([x, torch.ones(len(x), 1)], 1).double()
+              for x in (known.e, (new_emb - known.centre) @ known.axes))
+    w = (1 - (sd / prior_sd).square()).clamp_min(1e-3).double()
+    we = e * w[:, None]
+    fit = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1], dtype=e.dtype), we.T @ log_tau.double())
+    raw = e @ fit
+    shrink = ((left_out.double() * raw).sum() / raw.square().sum().clamp_min(1e-12)).clamp(0, 1)
+    return (shrink * (new @ fit)).float()
+
+
+def predict(states, readout, weights, A, B, genes=slice(None)):
+    """yhat (N, G) = A sum_s W_s D(z_s) + B, for states (T+1, N, 8) and weights (G, T+1)."""
+    level, shape = readout.parts(readout.hidden(states), genes)
+    return (shape * (weights.T * (A * level))[:, None]).sum(0) + B
+
+
+def cell_likelihood(yhat, counts, exposure):
+    """(N,) sum over genes of y log m - m."""
+    m = exposure * yhat
+    return (counts * m.log() - m).sum(1)
+
+
+@torch.no_grad()
+def still_likelihood(z, readout, counts, depth, mean, train, out, genes):
+    """v = 0: yhat = A D(z_0) + B. Log-likelihood of held-out cells (N_out,), and of all cells per gene (G,)."""
+    def fit_static(rows):
+        like, a, b = grid_likelihood(z[None, rows], readout, counts[rows], depth[rows], mean, "exp", times=(0.0,),
+                                     chromatin=genes)
+        return like[:, 0], a[:, 0], b[:, 0]
+    _, a, b = fit_static(train)
+    own = torch.ones(len(a), 1)
+    yhat = predict(z[None, out], readout, own, a, b, genes)
+    return cell_likelihood(yhat, counts[out], depth[out, None] * mean), fit_static(torch.arange(len(z)))[0]
+
+
+def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2, kinetic=0.012,
+              held_out=0.1, prior_sd=1.0, times=TIMES, use_head=True, progress=None):
+    """Stage 2. kernel None = the one under which held-out cells are most likely.
+
+    Shapes  z (N, 8), counts (N, G)
+    """
+    counts = torch.as_tensor(counts, dtype=torch.float32)
+    start = rng.get_state()                                 # every kernel sees the same cells and weights
+    best = None
+    for name in KERNELS if kernel is None else (kernel,):
+        rng.set_state(start)
+        found = _expectation_maximisation(z, readout, counts, rng, name, epochs, warm, every, batch, lr, kinetic,
+                                          held_out, prior_sd, times, use_head, progress)
+        if best is None or found.held_out.mean() > best.held_out.mean():
+            best = found
+    return best
+
+
+def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, every, batch, lr, kinetic, held_out,
+                              prior_sd, times, use_head, progress):
+    torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))           # weights of the field
+    n_genes = counts.shape[1]
+    depth, mean = size_factors(counts)
+    train, out = split_cells(len(z), held_out, rng)
+    field = EffendiVectorField(LATENT, 128)
+    opt = torch.optim.Adam(field.parameters(), lr=lr, fused=True)
+    n_steps = epochs * math.ceil(len(train) / batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=n_steps + 1, pct_start=0.1)
+    log_tau, prior = torch.zeros(n_genes), torch.zeros(n_genes)
+    A, B = torch.full((n_genes,), 0.8), torch.full((n_genes,), 0.2)
+    best, history = (-math.inf,), []
+    for epoch in range(1, epochs + 1):
+        weights = kernel_weights(log_tau.exp(), times, kernel)
+        for rows in train[torch.randperm(len(train), generator=rng)].split(batch):
+            states, speed_sq = moving_path(field, z[rows], times)
+            m = depth[rows, None] * mean * predict(states, readout, weights, A, B)
+            loss = poisson_nll(m, counts[rows]) + kinetic * speed_sq
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            opt.step()
+            schedule.step()
+        if progress is not None:
+            progress(1)
+        if epoch < warm:
+            continue
+        field.eval()
+        with torch.no_grad():
+            if (epoch - warm) % every == 0:
+                now = A * weights.T, B
+                like, a, b = grid_likelihood(path(field, z[train], times), readout, counts[train], depth[train], mean,
+                                             kernel, now, times=times)
+                share, centre, sd = posterior(like, prior, prior_sd)
+                centre = centre - gauge(centre, sd, prior_sd)
+                if use_head:
+                    prior = head_means(readout.e, centre, sd, prior_sd)
+                # Damped: the field was fitted to the last delays, and follows the new ones only in part.
+                log_tau = log_tau + 0.7 * (centre - log_tau)
+                A = A + 0.7 * ((share * a).sum(1) - A)
+                B = B + 0.7 * ((share * b).sum(1) - B)
+                weights = kernel_weights(log_tau.exp(), times, kernel)
+            yhat = predict(path(field, z[out], times), readout, weights, A, B)
+            like_out = cell_likelihood(yhat, counts[out], depth[out, None] * mean)
+        history.append((epoch, like_out.mean().item()))
+        if like_out.mean() > best[0]:
+            best = (like_out.mean(), epoch, copy.deepcopy(field.state_dict()), weights, A, B, prior, like_out)
+        field.train()
+    _, epoch, state, weights, A, B, prior, like_out = best
+    field.load_state_dict(state)
+    field.settle()                                          # the power iteration lags behind a fast learning rate
+    field.eval().requires_grad_(False)
+    like, a, b = grid_likelihood(path(field, z, times), readout, counts, depth, mean, kernel, (A * weights.T, B),
+                                 times=times)
+    share, centre, sd = posterior(like, prior, prior_sd)
+    still, still_gene = still_likelihood(z, readout, counts, depth, mean, train, out, torch.arange(n_genes))
+    foreign, _ = still_likelihood(z, readout, counts, depth, mean, train, out, torch.randperm(n_genes, generator=rng))
+    level = gauge(centre, sd, prior_sd).item()
+    return DelayFit(field, kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like, like_out, still,
+                    foreign, (share * like).sum(1) - still_gene, level, epoch,
+                    [(e, total - still.mean().item()) for e, total in history])
+
+
+def moving_path(field, z, times):
+    """Euler states (T+1, B, 8) and the mean squared speed per dimension along them."""
+    states, speed_sq = [z], 0.0
+    with parametrize.cached():
+        for t0, t1 in zip(times[:-1], times[1:]):
+            v = field(states[-1])
+            speed_sq = speed_sq + v.square().mean() / (len(times) - 1)
+            states.append(states[-1] + (t1 - t0) * v)
+    return torch.stack(states), speed_sq
+
+
+# --- both stages, and what the result is worth -----------------------------------------------------------------------
+
+@dataclass
+class Result:
+    """log_tau (G,) is the mean over members; sd (G,) their posterior spread and their disagreement."""
+    log_tau: torch.Tensor
+    sd: torch.Tensor
+    kernel: str
+    gain: torch.Tensor              # (N_out,) nats per held-out cell beyond v = 0, all members
+    own: torch.Tensor               # (N_out,) nats per held-out cell of a gene's own chromatin beyond another's
+    gene_gain: torch.Tensor         # (G,) nats beyond v = 0
+    anchors: list
+    delays: list
+
+
+def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, progress=None):
+    """Both stages, `members` times from different weights, held-out cells and batches; delays are averaged.
+
+    progress: a function called with (members done, members), for a bar.
+    """
+    anchors, delays = [], []
+    for member in range(members):
+        anchors.append(fit_anchor(x, access, gene_emb, rng, steps=steps))
+        delays.append(fit_delay(anchors[-1].z, anchors[-1].readout, counts, rng, kernel=kernel, epochs=epochs))
+        kernel = delays[0].kernel                           # chosen once, by the first member
+        if progress is not None:
+            progress(member + 1, members)
+    return combine(anchors, delays)
+
+
+def combine(anchors, delays):
+    """The members' Result: mean delays, and the spread of the mean."""
+    log_taus = torch.stack([d.log_tau for d in delays])
+    within = torch.stack([d.sd.square() for d in delays]).mean(0)
+    return Result(log_taus.mean(0), (within + log_taus.var(0, correction=0)).sqrt(), delays[0].kernel,
+                  torch.cat([d.held_out - d.still for d in delays]), torch.cat([d.still - d.foreign for d in delays]),
+                  torch.stack([d.gene_gain for d in delays]).mean(0), anchors, delays)
+
+
+def spearman(a, b):
+    """Rank correlation of two vectors without ties."""
+    ranks = torch.stack([torch.as_tensor(v).argsort().argsort().double() for v in (a, b)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+@dataclass
+class Halves:
+    rows: list                      # cells of each half
+    fits: list                      # Result of each half
+    spearman: float                 # over the genes that either half can see
+
+
+def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15):
+    """Both stages on two disjoint halves of the cells. Errors of either stage are drawn twice."""
+    order = torch.randperm(len(x), generator=rng)
+    rows = [order[::2], order[1::2]]
+    x, access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (x, access, counts))
+    fits = [fit(x[r], access[r], counts[r], gene_emb, rng, kernel, members, steps, epochs) for r in rows]
+    seen = informed(fits[0].sd) | informed(fits[1].sd)
+    agreement = spearman(fits[0].log_tau[seen], fits[1].log_tau[seen]) if seen.sum() > 9 else 0.0
+    return Halves(rows, fits, agreement)
+
+
+def informed(sd, prior_sd=1.0):
+    """Genes whose data removed at least half of the prior variance."""
+    return sd < prior_sd / math.sqrt(2)
+
+
+@dataclass
+class Gate:
+    open: bool
+    reasons: list                   # why tau means nothing on these data; empty when open
+    gain_z: float
+    own_z: float
+    split_half: float
+
+
+def gate(result, halves, least_z=3.0, least_agreement=0.3):
+    """Whether tau means anything on these data: three tests, each over cells or genes no fit has seen together.
+
+        moving beats v = 0 on held-out cells; a gene's own chromatin beats another gene's; the halves agree
+    z = mean / standard error over held-out cells.
+    """
+    gain_z, own_z = (float(v.mean() / v.std().clamp_min(1e-12)) * math.sqrt(len(v)) for v in (result.gain, result.own))
+    reasons = []
+    if not gain_z > least_z:
+        reasons.append(f"a moving state predicts held-out expression no better than v = 0 (z = {gain_z:.1f})")
+    if not own_z > least_z:
+        reasons.append(f"a gene's own chromatin predicts no better than another gene's (z = {own_z:.1f})")
+    if not halves.spearman > least_agreement:
+        reasons.append(f"delays from two halves of the cells disagree (Spearman {halves.spearman:.2f})")
+    return Gate(not reasons, reasons, gain_z, own_z, halves.spearman)
+
+
+def intervals(log_tau, sd, replicates=None, level=0.9, inflate=1.0):
+    """Central intervals (low, high) of log tau: normal, variance = posterior + bootstrap.
+
+    The posterior knows the noise of the gene's own RNA given readout and flow; refits on resampled cells
+    (R, G) add what readout and flow themselves do not know.
+    """
+    variance = sd.square()
+    if replicates is not None:
+        variance = variance + torch.as_tensor(replicates).float().var(0)
+    half = inflate * torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.5 + level / 2)) * variance.sqrt()
+    return log_tau - half, log_tau + half
+
+
+def bootstrap_replicate(seed, data, settings=None):
+    """log tau (G,) of both stages refitted on cells drawn with replacement. For process pools.
+
+    data      dict of x, access, counts, gene_emb
+    settings  keywords of fit(); kernel should be the one already chosen
+    """
+    torch.set_num_threads(1)
+    rng = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(data["x"]), (len(data["x"]),), generator=rng)
+    cells = {k: torch.as_tensor(data[k], dtype=torch.float32)[rows] for k in ("x", "access", "counts")}
+    settings = {"members": 1, "steps": 500, "epochs": 12, **(settings or {})}
+    return fit(**cells, gene_emb=data["gene_emb"], rng=rng, **settings).log_tau
+
+
+def identifiable(result, access, counts, halves=None, least_counts=100, least_change=0.15, least_gain=2.0):
+    """Per gene (G,) whether the data can tell its delay, and the reason ("" where they can)."""
+    access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (access, counts))
+    change = torch.stack([a.readout(a.z).std(0) / a.readout(a.z).mean(0) for a in result.anchors]).mean(0)
+    few = torch.minimum(access.sum(0), counts.sum(0)) < least_counts
+    tests = [("too few counts", few), ("flat accessibility", change < least_change),
+             ("likelihood flat in tau", ~informed(result.sd)), ("v = 0 as good", result.gene_gain < least_gain)]
+    if halves is not None:
+        first, second = halves.fits
+        gap, spread = (first.log_tau - second.log_tau).abs(), (first.sd.square() + second.sd.square()).sqrt()
+        tests.append(("split halves disagree", (gap > 2.6 * spread) & (gap > 0.7)))
+    why = [""] * len(few)
+    for reason, fails in reversed(tests):                   # the first test that fails gives the reason
+        for g in fails.nonzero().flatten().tolist():
+            why[g] = reason
+    return torch.tensor([not reason for reason in why]), why
+
+
+# --- genes that were not fitted ---------------------------------------------------------------------------------------
+
+def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=256, lr=3e-2):
+    """A readout of new genes: P, g and b stay, only the genes' own delta, p, q are fitted, to their accessibility.
+
+    Shapes  z (N, 8), access (N, H), depth (N,) size factors, gene_emb (H, D) -> GeneReadout of H genes
+    """
+    new = GeneReadout(gene_emb)
+    shared = {k: v for k, v in readout.state_dict().items() if k not in ("e", "delta", "p", "q")}
+    new.landmarks = torch.empty_like(readout.landmarks)
+    new.e = (gene_emb - readout.centre) @ readout.axes
+    new.kappa, new.delta = readout.kappa, nn.Parameter(torch.zeros_like(new.e))
+    new.P, new.gain, new.offset = copy.deepcopy(readout.P), readout.gain, readout.offset
+    new.load_state_dict(shared, strict=False)
+    own = [new.delta, new.p, new.q]
+    optimiser = torch.optim.Adam(own, lr=lr)
+    mean = access.mean(0).clamp_min(1e-6)
+    for _ in range(steps):
+        rows = torch.randint(len(z), (batch,), generator=rng)
+        noisy = z[rows] + NOISE * torch.randn(batch, z.shape[1], generator=rng)
+        loss = poisson_nll(depth[rows, None] * mean * new(noisy), access[rows]) + new.penalty()
+        grads = torch.autograd.grad(loss, own)
+        for parameter, grad in zip(own, grads):
+            parameter.grad = grad
+        optimiser.step()
+    return new.requires_grad_(False)
+
+
+def new_gene_delays(field, kernel, readout, z, counts, depth, prior_mean, prior_sd=1.0):
+    """E-step alone for genes outside training: own log tau, its sd, A and B, (H,) each. v stays as it is."""
+    like, a, b = grid_likelihood(path(field, z), readout, counts, depth, counts.mean(0).clamp_min(1e-6), kernel)
+    share, centre, sd = posterior(like, prior_mean, prior_sd)
+    return centre, sd, (share * a).sum(1), (share * b).sum(1)
+
+
+# --- delays that differ between cell states ---------------------------------------------------------------------------
+
+def cell_groups(z, k, rng, rounds=30):
+    """k-means of the latent, from cells spread far apart: labels (N,)."""
+    centres = z[torch.randint(len(z), (1,), generator=rng)]
+    for _ in range(k - 1):
+        centres = torch.cat([centres, z[torch.cdist(z, centres).min(1).values.argmax()][None]])
+    for _ in range(rounds):
+        label = torch.cdist(z, centres).argmin(1)
+        centres = torch.stack([z[label == j].mean(0) if (label == j).any() else centres[j] for j in range(k)])
+    return label
+
+
+@torch.no_grad()
+def group_shift(anchor, delay, counts, labels, n_groups, prior_sd=0.5, times=TIMES, block=64):
+    """How far log tau of a group of cells lies from the gene's own, given that fit: (G, K), relative.
+
+        L_gk(u) = sum_(c in k) y log yhat(u) - m(u)        A, B of the gene
+        shift = posterior mean of u - u_g under N(0, prior_sd^2), minus its weighted mean over the genes
+    The mean over genes is the flow's pace in that group, not a property of any gene.
+    """
+    counts = torch.as_tensor(counts, dtype=torch.float32)
+    depth, mean = size_factors(counts)
+    states = path(delay.field, anchor.z, times)
+    hidden = anchor.readout.hidden(states)
+    weights = kernel_weights(LOG_TAU.exp(), times, delay.kernel)
+    member = torch.nn.functional.one_hot(labels, n_groups).float()
+    like = []
+    for start in range(0, counts.shape[1], block):
+        genes = slice(start, min(start + block, counts.shape[1]))
+        level, shape = anchor.readout.parts(hidden, genes)
+        f = (weights @ (level * shape).flatten(1)).view(len(weights), *shape.shape[1:])             # (U, N, g)
+        f.mul_(delay.A[genes]).add_(delay.B[genes])
+        score = f.log().mul_(counts[:, genes]).sub_(f.mul_(depth[:, None] * mean[genes]))
+        like.append(torch.einsum("ung,nk->gku", score, member))
+    like = torch.cat(like)                                                      # (G, K, U)
+    # The gauge shifted log_tau; the grid is in the field's own time.
+    centre = posterior(delay.log_like, torch.zeros(len(like)), 1.0)[1]
+    log_post = like - ((LOG_TAU - centre[:, None, None]) / prior_sd).square() / 2
+    share = torch.softmax(log_post.double(), 2).float()
+    shift = share @ LOG_TAU - centre[:, None]                                   # (G, K)
+    known = (1 - (share @ LOG_TAU.square() - (share @ LOG_TAU).square()) / prior_sd**2).clamp(1e-3, 1)
+    pace = (known * shift).sum(0) / known.sum(0)
+    return (shift - pace) * known.ceil(), known
+
+
+def modulation(halves, counts, labels):
+    """Relative modulation of log tau per gene and group (G, K), shrunk to what two halves of the cells share.
+
+        m = r (m1 + m2) / 2,   r = 2 c / (v + c)       c covariance of m1 and m2 over genes and groups, v variance
+    Halves are fitted apart in both stages, so that noise of readout, flow and counts does not correlate and
+    r goes to 0 where nothing was shared. Returns m and r.
+    """
+    counts = torch.as_tensor(counts, dtype=torch.float32)
+    n_groups = int(labels.max()) + 1
+    shifts, knowns = [], []
+    for rows, result in zip(halves.rows, halves.fits):
+        both = [group_shift(a, d, counts[rows], labels[rows], n_groups) for a, d in zip(result.anchors, result.delays)]
+        shift = torch.stack([b[0] for b in both]).mean(0)
+        shifts.append(shift - shift.mean(1, keepdim=True))                      # the gene's own level is its tau_g
+        knowns.append(torch.stack([b[1] for b in both]).mean(0))
+    a, b = shifts
+    w = (knowns[0] * knowns[1]).sqrt()
+    shared = (w * a * b).sum() / w.sum()
+    spread = (w * (a.square() + b.square())).sum() / (2 * w.sum())
+    reliability = (2 * shared / (spread + shared)).clamp(0, 1)
+    return reliability * (a + b) / 2, float(reliability)

@@ -1,0 +1,223 @@
+"""Delays anchored in chromatin: closed forms, planted truths, controls."""
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import anchored
+
+torch.set_num_threads(1)
+TIMES = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- kernel ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kernel", anchored.KERNELS)
+def test_kernel_weights_sum_to_one_and_are_not_negative(kernel):
+    w = anchored.kernel_weights(anchored.LOG_TAU.exp(), TIMES, kernel)
+    torch.testing.assert_close(w.sum(-1), torch.ones(len(w)))
+    assert w.min() > -1e-5                                  # float32 round-off of differences
+
+
+@pytest.mark.parametrize("kernel,shape", [("exp", 1), ("gamma", 3)])
+def test_weights_equal_the_numerical_integral_along_the_piecewise_linear_path(kernel, shape):
+    values = np.array([0.3, 2.0, -1.0, 0.5, 4.0])
+    t = np.linspace(0, 60, 600_001)
+    for tau in (0.2, 1.0, 2.7):
+        density = shape**shape / (math.factorial(shape - 1) * tau**shape) * t**(shape - 1) * np.exp(-shape * t / tau)
+        exact = np.trapezoid(density * np.interp(t, TIMES.numpy(), values), t)
+        w = anchored.kernel_weights(torch.tensor(tau, dtype=torch.float64), TIMES, kernel)
+        assert abs(w.numpy() @ values - exact) < 1e-5       # step 1e-4 of the trapezoid rule
+
+
+def test_a_shift_is_linear_interpolation_and_stays_at_the_last_state():
+    values = np.array([0.3, 2.0, -1.0, 0.5, 4.0])
+    tau = np.array([0.05, 0.5, 1.0, 2.25, 3.999, 4.0, 7.0])
+    w = anchored.kernel_weights(torch.tensor(tau), TIMES, "shift")
+    np.testing.assert_allclose(w.numpy() @ values, np.interp(tau, TIMES.numpy(), values), atol=1e-12)
+
+
+# --- E-step --------------------------------------------------------------------------------------------------------
+
+def test_bounded_least_squares_matches_a_fine_search():
+    rng = np.random.default_rng(0)
+    for slope, intercept in [(1.0, 0.5), (1.0, -0.5), (-0.5, 1.0), (-2.0, 0.1)]:    # inside and on each bound
+        f, w = rng.uniform(0, 3, 50), rng.uniform(0.5, 2, 50)
+        y = slope * f + intercept + 0.1 * rng.standard_normal(50)
+        sums = [torch.tensor(v) for v in (w @ f**2, w @ f, w @ (f * y), w.sum(), w @ y)]
+        a, b = (v.item() for v in anchored.bounded_least_squares(*sums))
+        grid_a, grid_b = np.meshgrid(np.linspace(0.05, 2, 400), np.linspace(0, 2, 401))
+        loss = (w * (grid_a[..., None] * f + grid_b[..., None] - y) ** 2).sum(-1)
+        assert a >= 0.05 and b >= 0
+        assert (w * (a * f + b - y) ** 2).sum() <= loss.min() + 1e-9
+
+
+def known_trajectories(kernel, cells=1500, genes=24, mean=20.0):
+    """A readout that gives sinusoids of the true time, so that nothing but the delay is unknown."""
+    rng = generator()
+    start = 12 * torch.rand(cells, generator=rng)
+    pace, phase = 0.5 + torch.rand(genes, generator=rng), 6.3 * torch.rand(genes, generator=rng)
+    log_tau = torch.linspace(math.log(0.2), math.log(2.5), genes)
+    states = (start - TIMES[:, None])[..., None]                                # (T+1, N, 1)
+
+    def parts(hidden, which):
+        return 1.0, 1 + 0.9 * torch.sin(hidden * pace[which] + phase[which])
+
+    readout = SimpleNamespace(hidden=lambda z: z, parts=parts)
+    d = parts(states, slice(None))[1]
+    yhat = torch.einsum("gs,sng->ng", anchored.kernel_weights(log_tau.exp(), TIMES, kernel), d)
+    counts = torch.poisson(mean * (0.8 * yhat + 0.2), generator=rng)
+    return states, readout, counts, log_tau
+
+
+@pytest.mark.parametrize("kernel", anchored.KERNELS)
+def test_the_e_step_recovers_planted_delays_on_true_trajectories(kernel):
+    states, readout, counts, log_tau = known_trajectories(kernel)
+    like, a, b = anchored.grid_likelihood(states, readout, counts, torch.ones(len(counts)), counts.mean(0), kernel)
+    _, mean, sd = anchored.posterior(like, torch.zeros(len(log_tau)), 1.0)
+    assert (mean - log_tau).abs().median() < 0.1            # below one grid step, 0.15
+    assert ((mean - log_tau).abs() < 4 * sd + 0.15).all()
+
+
+def test_the_prior_mean_is_all_that_is_left_without_data():
+    _, mean, sd = anchored.posterior(torch.zeros(2, len(anchored.LOG_TAU)), torch.tensor([-0.4, 0.3]), 0.5)
+    torch.testing.assert_close(mean, torch.tensor([-0.4, 0.3]), atol=0.01, rtol=0)      # the grid's ends cut tails
+    torch.testing.assert_close(sd, torch.full((2,), 0.5), atol=0.02, rtol=0)
+
+
+def test_the_head_never_sees_the_gene_it_predicts():
+    rng = generator()
+    e, y, sd = torch.randn(60, 5, generator=rng), torch.randn(60, generator=rng), torch.full((60,), 0.3)
+    e_one = torch.cat([e, torch.ones(60, 1)], 1).double()
+    solve = torch.linalg.solve(e_one[1:].T @ e_one[1:] * 0.91 + 10 * torch.eye(6), e_one[1:].T @ y[1:].double() * 0.91)
+    both = anchored.head_means(e, y, sd, 1.0), anchored.head_means(e, torch.cat([y[:1] + 5, y[1:]]), sd, 1.0)
+    direct = (e_one[0] @ solve).item()
+    for means in both:                                      # equal up to the common shrinkage factor in [0, 1]
+        assert means[0].item() * direct >= 0 and abs(means[0]) <= abs(direct) + 1e-6
+
+
+# --- both stages -----------------------------------------------------------------------------------------------------
+
+def population(cells=700, genes=60, seed=0, tau_known=True):
+    """One process of length 6: switches at random times, first-order lags, Poisson counts."""
+    rng = np.random.default_rng(seed)
+    grid = np.linspace(0, 6, 601)
+    when, sign = rng.uniform(0.5, 5, genes), rng.choice([-1, 1], genes)
+    a = 0.15 + 1 / (1 + np.exp(-sign * (grid[:, None] - when) / 0.25))         # (t, G)
+    log_tau = rng.uniform(np.log(0.15), np.log(2.5), genes)
+    y, keep = a.copy(), np.exp(-0.01 / np.exp(log_tau))
+    for i in range(1, len(grid)):
+        y[i] = keep * y[i - 1] + (1 - keep) * a[i]
+    at = rng.integers(0, 601, cells)
+    access = rng.poisson(4 * a[at] / a.mean(0)).astype(np.float32)
+    counts = rng.poisson(6 * y[at] / y.mean(0)).astype(np.float32)
+    scores = np.log1p(access) - np.log1p(access).mean(0)
+    u, s, vt = np.linalg.svd(scores, full_matrices=False)
+    x = np.pad((u * s)[:, :20], ((0, 0), (0, 236))).astype(np.float32)
+    emb = np.pad(vt[:20].T * s[:20], ((0, 0), (0, 492))).astype(np.float32)
+    return x, access, counts, emb, log_tau
+
+
+@pytest.fixture(scope="module")
+def data():
+    return population()
+
+
+@pytest.fixture(scope="module")
+def result(data):
+    return anchored.fit(*data[:4], generator(), kernel="exp", members=1)
+
+
+def test_planted_delays_are_recovered(data, result):
+    assert anchored.spearman(result.log_tau, torch.tensor(data[4])) > 0.75
+
+
+def test_a_fit_without_motion_explains_held_out_cells_worse(result):
+    assert result.gain.mean() > 0 and result.own.mean() > 0
+
+
+def test_the_gauge_is_mean_zero_over_genes_that_carry_signal(result):
+    d = result.delays[0]
+    weight = 1 - d.sd.square().clamp_max(0.999)
+    assert abs((weight * d.log_tau).sum() / weight.sum()) < 1e-4
+
+
+def test_the_same_seed_gives_the_same_delays(data):
+    short = dict(kernel="exp", members=1, steps=40, epochs=7)
+    first, second = (anchored.fit(*data[:4], generator(3), **short).log_tau for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_permuting_the_genes_permutes_the_delays(data, result):
+    """The E-step, on one fitted flow: nothing in it may depend on a gene's place."""
+    readout, d = result.anchors[0].readout, result.delays[0]
+    counts = torch.tensor(data[2])
+    depth, mean = anchored.size_factors(counts)
+    states = anchored.path(d.field, result.anchors[0].z)
+    order = torch.randperm(counts.shape[1], generator=generator())
+    straight = anchored.grid_likelihood(states, readout, counts, depth, mean, "exp")[0]
+    shuffled = anchored.grid_likelihood(states, readout, counts[:, order], depth, mean[order], "exp",
+                                        chromatin=order)[0]
+    torch.testing.assert_close(straight[order], shuffled, rtol=1e-4, atol=1e-2)
+
+
+def test_every_parameter_gets_a_gradient(data):
+    emb = torch.tensor(data[3])
+    readout = anchored.GeneReadout(emb)
+    z = torch.randn(9, anchored.LATENT, generator=generator())
+    anchored.poisson_nll(readout(z), torch.ones(9, len(emb))).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in readout.parameters())
+
+
+def test_align_takes_the_embedding_as_it_comes(data, result):
+    anchor = result.anchors[0]
+    torch.testing.assert_close(anchor.align(torch.tensor(data[0])), anchor.z, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gate_opens_on_real_pairs_and_closes_on_shuffled_ones(data, result):
+    x, access, counts, emb, _ = data
+    halves = anchored.split_half(x, access, counts, emb, generator(1), "exp")
+    assert anchored.gate(result, halves).open
+    wrong = counts[np.random.default_rng(5).permutation(len(counts))]
+    shuffled = anchored.fit(x, access, wrong, emb, generator(), kernel="exp", members=1)
+    verdict = anchored.gate(shuffled, anchored.split_half(x, access, wrong, emb, generator(1), "exp"))
+    assert not verdict.open and verdict.reasons
+
+
+def test_a_flat_gene_and_a_rare_gene_are_not_identifiable(data, result):
+    access, counts = torch.tensor(data[1]), torch.tensor(data[2]).clone()
+    counts[:, 0] = 0
+    ok, why = anchored.identifiable(result, access, counts)
+    assert not ok[0] and why[0] == "too few counts"
+    assert ok.float().mean() > 0.5
+
+
+def test_intervals_hold_their_nominal_share_of_normal_errors():
+    rng = generator()
+    truth, sd = torch.randn(4000, generator=rng), torch.full((4000,), 0.3)
+    estimate = truth + 0.5 * torch.randn(4000, generator=rng)
+    replicates = estimate + 0.4 * torch.randn(50, 4000, generator=rng)
+    low, high = anchored.intervals(estimate, sd, replicates)                   # 0.3^2 + 0.4^2 = 0.5^2
+    assert abs(((low < truth) & (truth < high)).float().mean() - 0.9) < 0.02
+
+
+def test_modulation_is_shrunk_to_what_the_halves_share(monkeypatch):
+    rng = generator()
+    fits = SimpleNamespace(anchors=[None], delays=[None])
+    halves = SimpleNamespace(rows=[torch.arange(2), torch.arange(2)], fits=[fits, fits])
+    for planted in (0.0, 0.5):
+        truth = planted * torch.randn(300, 3, generator=rng)
+        truth -= truth.mean(1, keepdim=True)
+        monkeypatch.setattr(anchored, "group_shift", lambda *a, truth=truth: (
+            truth + 0.3 * torch.randn(truth.shape, generator=rng), torch.ones_like(truth)))
+        m, reliability = anchored.modulation(halves, torch.zeros(2, 300), torch.tensor([0, 2]))
+        if planted:
+            assert anchored.spearman(m.flatten(), truth.flatten()) > 0.8
+        else:
+            assert m.abs().mean() < 0.05 and reliability < 0.2
