@@ -42,12 +42,13 @@ from vector_field import EffendiVectorField
 LATENT = 8                                                  # more dimensions measured worse
 TIMES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)                          # where the Euler path is kept
 KERNELS = ("exp", "shift", "gamma")
+# What kernel=None chooses from. gamma lies between the two and took the place of a planted exp on held-out cells by
+# 2 % of the gain, which bent the delays (slope of estimated on planted log tau 0.64 instead of 0.86).
+CANDIDATES = ("exp", "shift")
 LOG_TAU = torch.linspace(math.log(0.06), math.log(8.0), 33)
 SHAPES = {"exp": 1.0, "gamma": 3.0}                         # of the gamma-distributed delay; "shift" has none
 BANDWIDTH = 0.7                                             # latent units over which landmark cells are averaged
 N_LANDMARKS = 400
-DECAY = 0.0
-PEN = 1.0
 NOISE = 0.3                                                 # latent noise under which the readout must hold
 
 
@@ -183,7 +184,7 @@ def split_cells(n, share, rng):
     return order[n_out:], order[:n_out]
 
 
-def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=1e-2, held_out=0.1, hidden=128, check=50,
+def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out=0.1, hidden=128, check=50,
                progress=None):
     """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
 
@@ -195,7 +196,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=1e-2, held_out
     xs = (x - centre) / scale
     align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(gene_emb)
     params = [*align.parameters(), *readout.parameters()]
-    opt = torch.optim.AdamW(params, lr=lr, weight_decay=DECAY, fused=True)
+    opt = torch.optim.Adam(params, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.1)
     depth, mean = size_factors(access)
     train, out = split_cells(len(x), held_out, rng)
@@ -204,7 +205,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=1e-2, held_out
         rows = train[torch.randint(len(train), (batch,), generator=rng)]
         z = align(xs[rows])
         z = z + NOISE * torch.randn(z.shape, generator=rng)
-        loss = poisson_nll(depth[rows, None] * mean * readout(z), access[rows]) + PEN * readout.penalty()
+        loss = poisson_nll(depth[rows, None] * mean * readout(z), access[rows]) + readout.penalty()
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -407,14 +408,15 @@ def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, 
     """
     counts = torch.as_tensor(counts, dtype=torch.float32)
     start = rng.get_state()                                 # every kernel sees the same cells and weights
-    best = None
-    for name in KERNELS if kernel is None else (kernel,):
+
+    def run(name, epochs):
         rng.set_state(start)
-        found = _expectation_maximisation(z, readout, counts, rng, name, epochs, warm, every, batch, lr, kinetic,
-                                          held_out, prior_sd, times, use_head, progress)
-        if best is None or found.held_out.mean() > best.held_out.mean():
-            best = found
-    return best
+        return _expectation_maximisation(z, readout, counts, rng, name, epochs, warm, every, batch, lr, kinetic,
+                                         held_out, prior_sd, times, use_head, progress)
+
+    if kernel is None:                                      # the flow tells kernels apart long before it is done
+        kernel = max(CANDIDATES, key=lambda name: run(name, warm + every).held_out.mean())
+    return run(kernel, epochs)
 
 
 def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, every, batch, lr, kinetic, held_out,
@@ -426,7 +428,8 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
     field = EffendiVectorField(LATENT, 128)
     opt = torch.optim.Adam(field.parameters(), lr=lr, fused=True)
     n_steps = epochs * math.ceil(len(train) / batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=n_steps + 1, pct_start=0.1)
+    # A warm-up of a tenth needs ten steps to have length; a few hundred cells make fewer.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n_steps + 1, 20), pct_start=0.1)
     log_tau, prior = torch.zeros(n_genes), torch.zeros(n_genes)
     A, B = torch.full((n_genes,), 0.8), torch.full((n_genes,), 0.2)
     best, history = (-math.inf,), []

@@ -8,9 +8,10 @@ the rows (how many, and a hash of their ids), versions, seconds, metrics. An arr
 reader that joins two files compares the hashes of their ids: swapped rows are an error, not a worse result.
 
 A stage is finished when each of its files has a record with the same key, and the key hashes the inputs
-(by content) and the settings that the stage reads: `is_done`. Unfinished training goes on from its last
+(by content), the settings that the stage reads, and its code: `is_done`. Unfinished training goes on from its last
 checkpoint if that has the same key: `load_checkpoint`.
 """
+import ast
 import hashlib
 import io
 import json
@@ -48,8 +49,30 @@ def stage_key(stage, inputs, settings):
     if not isinstance(settings, dict):
         settings = {name: config.snapshot()[name] for name in settings}
     files = {name: hash_file(p) if p else None for name, p in inputs.items()}
-    text = json.dumps([stage, files, settings, config.SEED], sort_keys=True, default=str)
+    text = json.dumps([stage, code_hash(stage), files, settings, config.SEED], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def code_hash(stage):
+    """Hash of the stage's script and of all modules of Effendi it imports, so that an update repeats what it changed.
+
+    config.py and this file are left out: settings are hashed by value, and artifacts.py computes nothing.
+    """
+    folder = Path(__file__).parent
+    script = stage if (folder / f"{stage}.py").exists() else "precompute_embeddings"
+    found, left = {}, [script]
+    while left:
+        name = left.pop()
+        source = folder / f"{name}.py"
+        if name in found or name in ("config", "artifacts") or not source.exists():
+            continue
+        found[name] = hash_file(source)
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Import):
+                left += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                left.append(node.module)
+    return hash_ids(f"{name} {value}" for name, value in sorted(found.items()))
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -186,7 +209,7 @@ def read_weights(file):
         raise FileNotFoundError(f"{file} not found.\n  Give the path of a .pt file that Effendi wrote.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
         raise ValueError(f"{file} is not a weights file that can be read safely (weights_only): "
-                         f"{str(err).splitlines()[0]}\n  It is truncated, or it holds code. Make or copy it again.") from err
+                         f"{str(err).splitlines()[0]}\n  It is truncated, or holds code. Make or copy it again.") from err
 
 
 def _check_bytes(name, meta):

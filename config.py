@@ -31,7 +31,7 @@ UNPAIRED_RNA_FILE: str | None = None    # an atlas for Stage 1; its cells are ne
 UNPAIRED_ATAC_FILE: str | None = None
 GTF_FILE: str | None = None             # gene positions, when the files hold none
 TRUTH_FILE: str | None = None           # planted delays of simulated data (truth.csv), for validation only
-GENOME_FILE: str | None = None          # FASTA of the peaks' build, for HyenaDNA
+GENOME_FILE: str | None = None          # FASTA or .2bit of the peaks' build, for HyenaDNA
 
 # --- the embedded default: what run.py simulates without data -----------------------------------------------
 SIM_CELLS: int = 3000
@@ -66,6 +66,32 @@ HYENADNA_BATCH_SIZE: int | None = None  # peaks at once: None = MPS 16, CUDA 64,
 EMB_DTYPE: str | None = None            # None = bfloat16 where faster and cosine >= 0.9999, else float32
 EMB_SHARD_ROWS: int = 4096              # cells or peaks per resumable shard
 HYENADNA_REVERSE_COMPLEMENT: bool = False   # True = mean of a peak and its reverse complement
+DOWNLOAD_DIR: str = "downloads"         # demo_real_emb.py puts the 10x data and the genome here
+
+# What demo_real_emb.py fetches when it is missing: (which, file, link, bytes, checksum). The models' files go to
+# SCGPT_MODEL_DIR and HYENADNA_MODEL_DIR, the others to DOWNLOAD_DIR. Where no checksum is published (None), the first
+# download writes its own beside the file (FILE.sha256), and later runs are held to it; its bytes are approximate.
+DOWNLOADS = (
+    ("multiome", "10k_PBMC_Multiome_nextgem_Chromium_X_filtered_feature_bc_matrix.h5",
+     "https://cf.10xgenomics.com/samples/cell-arc/2.0.0/10k_PBMC_Multiome_nextgem_Chromium_X/"
+     "10k_PBMC_Multiome_nextgem_Chromium_X_filtered_feature_bc_matrix.h5", 170_000_000, None),
+    # The same bases as hg38.fa.gz, readable at random without unpacking; checksum from UCSC's md5sum.txt.
+    ("genome", "hg38.2bit", "https://hgdownload.soe.ucsc.edu/goldenPath/hg38/bigZips/hg38.2bit", 835_393_456,
+     "md5:dcc3ea27079aa6dc3f9deccd7275e0f8"),
+    # A public copy of the whole-human model; the authors' own lies in a Google Drive folder, linked from
+    # https://github.com/bowang-lab/scGPT, that only a browser can open.
+    ("scgpt", "args.json", "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/args.json",
+     2_000, None),
+    ("scgpt", "vocab.json", "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/vocab.json",
+     1_500_000, None),
+    ("scgpt", "best_model.pt", "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/best_model.pt",
+     210_000_000, None),
+    # The commit is the one in hyenadna_encoder.REVISIONS.
+    ("hyenadna", "config.json", "https://huggingface.co/LongSafari/hyenadna-small-32k-seqlen-hf/resolve/"
+     "8fe770c78eb13fe33bf81501612faeddf4d6f331/config.json", 2_000, None),
+    ("hyenadna", "model.safetensors", "https://huggingface.co/LongSafari/hyenadna-small-32k-seqlen-hf/resolve/"
+     "8fe770c78eb13fe33bf81501612faeddf4d6f331/model.safetensors", 30_000_000, None),
+)
 
 # --- shapes (specification) ------------------------------------------------------------------------------------
 DIM: int = 512                          # latent dimension
@@ -99,11 +125,11 @@ HELD_OUT: float = 0.1                   # share of cells that no gradient sees
 # "anchored" = each gene read from its own chromatin at its own delay: tau is determined by the data (DESIGN.md);
 # "specification" = the losses and readout as specified, under which it is not
 OBJECTIVE: str = "anchored"
-KERNEL: str | None = None               # exp, shift, gamma; None = the one that held-out cells prefer
+KERNEL: str | None = None               # exp, shift or gamma; None = exp or shift, as held-out cells prefer
 MEMBERS: int = 2                        # fits from different weights and held-out cells, averaged
 ANCHOR_STEPS: int = 800                 # Stage 1: at most so many steps; held-out cells choose
 ANCHOR_CELLS: int = 50_000              # Stage 1 sees at most so many ATAC cells, seeded choice
-EM_EPOCHS: int = 18                     # Stage 2.1: expectation-maximisation
+EM_EPOCHS: int = 20                     # Stage 2.1: expectation-maximisation
 MIN_ACCESS: int = 20                    # accessible counts below which a gene has no readout of its own
 CELL_GROUPS: int = 12                   # Stage 2.2: groups of cells whose delays may differ; 1 = none
 BOOTSTRAP: int = 20                     # Stage 2.2: refits of both stages behind the intervals; 0 = posterior alone

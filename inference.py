@@ -63,7 +63,7 @@ def predict(model, z_atac, gene_emb, device, batch=128):
     gene_emb = torch.as_tensor(gene_emb).to(device)
     model.to(device)
     parts = {"z_A": [], "z_integrated": [], "tau": [], "y_hat": []}
-    for start in tqdm(range(0, len(z_atac), batch), desc="predict", unit_scale=batch, unit="cell", leave=False, disable=None):
+    for start in tqdm(range(0, len(z_atac), batch), desc="predict", unit="batch", leave=False, disable=None):
         out = model(torch.from_numpy(z_atac[start:start + batch]).to(device), gene_emb)
         for name, kept in parts.items():
             kept.append(out[name].cpu().numpy())
@@ -115,12 +115,13 @@ def embed(counts, encoder, width):
     kind = encoder["encoder"]
     if kind not in ("pca", "lsi"):
         raise ValueError(f"the model was trained on {kind} embeddings, which inference.py cannot make from counts.\n"
-                         "  Embed the new cells with precompute_embeddings.py, and call inference.predict on the arrays.")
+                         "  Embed the cells with precompute_embeddings.py, and call inference.predict on the arrays.")
     names, what = (encoder["genes"], "genes") if kind == "pca" else (encoder["peaks"], "peaks")
     select, missing = loader.selection(counts.features.index, names)
     enough(counts.path, what, missing, len(names))
     z, depth = [], []
-    with tqdm(total=counts.n_cells, unit="cell", desc=f"embedding {Path(counts.path).name}", leave=False, disable=None) as bar:
+    bar = tqdm(total=counts.n_cells, unit="cell", desc=f"embedding {Path(counts.path).name}", leave=False, disable=None)
+    with bar:
         for _, block in counts.blocks():
             depth.append(np.asarray(block.sum(1)).ravel())
             part = (block @ select).tocsr()
@@ -190,10 +191,6 @@ def embed_genes(data, genes):
     return np.sqrt(half) * np.hstack([linear_encoder.pad(part, half) for part in (first, second)])
 
 
-def as_float(array):
-    return torch.as_tensor(array, dtype=torch.float32)
-
-
 # --- results --------------------------------------------------------------------------------------------------
 
 def results(model, data, extra, device):
@@ -204,8 +201,9 @@ def results(model, data, extra, device):
         new_emb = torch.from_numpy(embed_genes(data, extra).astype(np.float32))
         if saved["objective"] == "anchored":
             access, depth = data.accessibility(extra).toarray(), data.atac_depth[data.rows_atac]
-            model = add_genes(model, *map(as_float, (data.z_atac, access, depth, data.counts(extra).toarray(), data.depth)),
-                              gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
+            cells = (data.z_atac, access, depth, data.counts(extra).toarray(), data.depth)
+            cells = [torch.as_tensor(array, dtype=torch.float32) for array in cells]
+            model = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
         gene_emb = torch.cat([gene_emb, new_emb])
     out = predict(model, data.z_atac, gene_emb, device, config.BATCH_SIZE)
     table = pd.DataFrame(dict(tau=out["tau"].mean(0), cell_sd=out["tau"].std(0),

@@ -480,8 +480,11 @@ def barrier():
 
 @contextlib.contextmanager
 def processes():
-    """Join the processes of torchrun, if it started this one. Only the first speaks; each takes its own GPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join the processes of torchrun, if it started this one. Only the first speaks; each takes its own GPU.
+
+    They can join only once, so whoever runs several stages in one process holds this around all of them.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
         yield
         return
     local, cuda = int(os.environ["LOCAL_RANK"]), config.DEVICE in (None, "cuda") and torch.cuda.is_available()
@@ -499,6 +502,7 @@ def processes():
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
+    barrier()                               # nobody leaves before the first one has written
     torch.distributed.destroy_process_group()
 
 
@@ -644,6 +648,8 @@ def genes():
         artifacts.save_array("gene_embeddings.npy", emb, table.index, **facts)
     else:
         save_scgpt_genes(table, facts)
+        for name in (PCA_GENE_FILES[0], PCA_GENE_FILES[0] + ".json"):       # of an earlier run with the PCA
+            artifacts.path(name).unlink(missing_ok=True)
     print(f"precompute_embeddings genes: {len(table):,} genes in {len(obs):,} cells, {time.time() - start:.0f} s -> "
           f"{config.OUT_DIR}/gene_accessibility.npz, gene_embeddings.npy")
 

@@ -150,7 +150,8 @@ def train_epoch(model, optimiser, data, rows, gene_emb, rng, epoch, phase):
     model.field.train(phase == 2)
     order = rows[torch.randperm(len(rows), generator=rng).numpy()]
     n_epochs = config.STAGE1_EPOCHS + config.STAGE2_EPOCHS
-    for start in tqdm(range(0, len(order), config.BATCH_SIZE), desc=f"epoch {epoch}/{n_epochs}", leave=False, disable=None):
+    starts = range(0, len(order), config.BATCH_SIZE)
+    for start in tqdm(starts, desc=f"epoch {epoch}/{n_epochs}", leave=False, disable=None):
         losses, total, _ = batch_losses(model, data, order[start:start + config.BATCH_SIZE], gene_emb)
         if not torch.isfinite(total):
             raise FloatingPointError(
@@ -225,7 +226,7 @@ def fit_members(data, members, key):
             delays.append(anchored.DelayFit.from_state(done["delays"][m]))
         else:
             rng = anchored.generator(config.SEED, "delay", m)
-            with tqdm(total=config.EM_EPOCHS * (1 if kernel else len(anchored.KERNELS)), unit="epoch",
+            with tqdm(total=None if kernel is None else config.EM_EPOCHS, unit="epoch",
                       desc=f"member {m + 1}", leave=False, disable=None) as bar:
                 delays.append(anchored.fit_delay(anchors[m].z, anchors[m].readout, data["y"], rng, kernel,
                                                  config.EM_EPOCHS, held_out=config.HELD_OUT, progress=bar.update))
@@ -253,7 +254,9 @@ def bootstrap(data, kernel, done, key):
 
 
 def _replicates(left, cells, kernel, workers):
-    if not left:
+    if workers == 1:
+        _share(cells, kernel, config.SEED)
+        yield from map(_replicate, left)
         return
     # spawn: a fork would copy torch's thread pool in whatever state it is, which can hang.
     with multiprocessing.get_context("spawn").Pool(workers, _share, (cells, kernel, config.SEED)) as pool:
@@ -305,7 +308,7 @@ def anchored_table(result, low, high, ok, why, tau, data):
         n_cells=np.asarray((data["counts"] > 0).sum(0)).ravel(), identifiable=np.zeros(n, bool),
         reason="no accessibility of its own: predicted from the gene embedding"),
         index=pd.Index(data["genes"].index, name="gene"))
-    table.loc[fitted, "tau"], table.loc[fitted, "cell_sd"] = result.log_tau.exp().numpy(), tau.std(0)
+    table.loc[fitted, "tau"], table.loc[fitted, "cell_sd"] = result.log_tau.exp().numpy(), tau.std(0).round(6)
     table.loc[fitted, "tau_low"], table.loc[fitted, "tau_high"] = low.exp().numpy(), high.exp().numpy()
     table.loc[fitted, "identifiable"], table.loc[fitted, "reason"] = ok.numpy(), why
     return table.sort_values("tau")
@@ -360,7 +363,8 @@ def run_anchored():
     artifacts.drop_checkpoint(RESUME)
     print(f"train_delay: {meaning(gate, ok, data)}")
     print(f"train_delay: {len(data['cells'])} cells, kernel {result.kernel}, relative tau {table.tau.min():.2f}-"
-          f"{table.tau.max():.2f}, {seconds:.0f} s -> {config.OUT_DIR}/gene_tau_estimates.csv, effendi.h5ad, effendi.pt")
+          f"{table.tau.max():.2f}, {seconds:.0f} s -> {config.OUT_DIR}/gene_tau_estimates.csv, effendi.h5ad, "
+          "effendi.pt")
 
 
 def meaning(gate, ok, data):

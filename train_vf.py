@@ -93,7 +93,8 @@ def fit(z_atac, z_R, device, seed, resume=None, checkpoint=None):
         print(f"train_vf: going on after epoch {len(history)}")
     for epoch in range(len(history) + 1, config.VF_EPOCHS + 1):
         model.train()
-        for _ in tqdm(range(math.ceil(len(atac) / batch)), desc=f"epoch {epoch}/{config.VF_EPOCHS}", leave=False, disable=None):
+        n_batches = math.ceil(len(atac) / batch)
+        for _ in tqdm(range(n_batches), desc=f"epoch {epoch}/{config.VF_EPOCHS}", leave=False, disable=None):
             z_a = atac[torch.randint(len(atac), (batch,), generator=rng)].to(device)
             z_r = rna[torch.randint(len(rna), (batch,), generator=rng)].to(device)
             loss = model.losses(z_a, z_r, random_directions(z_r.shape[1], config.N_PROJ_W2, rng), config.N_STEPS_BAR)
@@ -160,7 +161,8 @@ def run_anchored():
     done = artifacts.load_checkpoint(RESUME, key) or []
     for member in range(len(done), config.MEMBERS):
         rng = anchored.generator(config.SEED, "anchor", member)
-        with tqdm(total=config.ANCHOR_STEPS, unit="step", desc=f"member {member + 1}", leave=False, disable=None) as bar:
+        bar = tqdm(total=config.ANCHOR_STEPS, unit="step", desc=f"member {member + 1}", leave=False, disable=None)
+        with bar:
             anchor = anchored.fit_anchor(x, access, gene_emb, rng, steps=config.ANCHOR_STEPS, progress=bar.update)
         done.append({"align": anchor.align.state_dict(), "readout": anchor.readout.state_dict(),
                      "steps": anchor.steps, "history": anchor.history})

@@ -152,7 +152,7 @@ class EffendiVectorField(nn.Module):
         return later[..., :1] * z0[:, None, :] + dt * moved
 
     @torch.no_grad()
-    def settle(self, n_iterations=200):
+    def settle(self, n_iterations=1000):
         """Let the power iteration converge, so that the saved norms are exact to round-off."""
         was_training = self.training
         self.train()

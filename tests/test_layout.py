@@ -15,7 +15,7 @@ LEVELS = [
     {"embed_cells"},
     {"precompute_embeddings", "inference"},
     {"train_vf", "train_delay", "intervention"},
-    {"validate", "report"},
+    {"validate", "report", "calibrate"},
     {"run", "demo_real_emb"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
