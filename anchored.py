@@ -408,15 +408,14 @@ def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, 
     """
     counts = torch.as_tensor(counts, dtype=torch.float32)
     start = rng.get_state()                                 # every kernel sees the same cells and weights
-
-    def run(name, epochs):
+    best = None
+    for name in KERNELS if kernel is None else (kernel,):   # to the end: half-way, the likelihoods mislead
         rng.set_state(start)
-        return _expectation_maximisation(z, readout, counts, rng, name, epochs, warm, every, batch, lr, kinetic,
-                                         held_out, prior_sd, times, use_head, progress)
-
-    if kernel is None:                                      # the flow tells kernels apart long before it is done
-        kernel = max(CANDIDATES, key=lambda name: run(name, warm + every).held_out.mean())
-    return run(kernel, epochs)
+        found = _expectation_maximisation(z, readout, counts, rng, name, epochs, warm, every, batch, lr, kinetic,
+                                          held_out, prior_sd, times, use_head, progress)
+        if best is None or found.held_out.mean() > best.held_out.mean():
+            best = found
+    return best
 
 
 def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, every, batch, lr, kinetic, held_out,
@@ -640,13 +639,10 @@ def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=25
 
     Shapes  z (N, 8), access (N, H), depth (N,) size factors, gene_emb (H, D) -> GeneReadout of H genes
     """
-    new = GeneReadout(gene_emb)
-    shared = {k: v for k, v in readout.state_dict().items() if k not in ("e", "delta", "p", "q")}
-    new.landmarks = torch.empty_like(readout.landmarks)
+    new = copy.deepcopy(readout)
     new.e = (gene_emb - readout.centre) @ readout.axes
-    new.kappa, new.delta = readout.kappa, nn.Parameter(torch.zeros_like(new.e))
-    new.P, new.gain, new.offset = copy.deepcopy(readout.P), readout.gain, readout.offset
-    new.load_state_dict(shared, strict=False)
+    new.delta = nn.Parameter(torch.zeros_like(new.e))
+    new.p, new.q = nn.Parameter(torch.full((len(new.e),), -math.log(2))), nn.Parameter(torch.zeros(len(new.e)))
     own = [new.delta, new.p, new.q]
     optimiser = torch.optim.Adam(own, lr=lr)
     mean = access.mean(0).clamp_min(1e-6)

@@ -19,6 +19,8 @@ Shapes  z_atac (B, 256), z_A and z_R (B, D), gene_emb (G, D), tau and y_hat (B, 
 Units   tau in ODE time; expression as log1p of counts per 10,000
 Ref     specification, "Core idea" and "Full loss". What these losses can and cannot determine: DESIGN.md.
 """
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -231,9 +233,7 @@ def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, 
     """
     size = {"a": access_depth / access_depth.mean(), "r": rna_depth / rna_depth.mean()}
     prior = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
-    wider = AnchoredEffendi(**dict(model.args, n_genes=len(model.mean) + len(new_emb)))
-    wider.load_state_dict({k: v for k, v in model.state_dict().items() if wider.state_dict()[k].shape == v.shape},
-                          strict=False)
+    wider = copy.deepcopy(model)
     log_taus = []
     for member, wide in zip(model.members, wider.members):
         z = member.align(z_atac)

@@ -171,11 +171,13 @@ def default(data, args):
 
 
 def shuffled_pairs(data, args):
-    return fitted(data, not args.full_controls, pairs=np.random.default_rng(data.options.seed).permutation(len(data.counts)))
+    rng = np.random.default_rng(data.options.seed)
+    return fitted(data, not args.full_controls, pairs=rng.permutation(len(data.counts)))
 
 
 def shuffled_genes(data, args):
-    return fitted(data, not args.full_controls, genes=np.random.default_rng(data.options.seed).permutation(len(data.truth)))
+    rng = np.random.default_rng(data.options.seed)
+    return fitted(data, not args.full_controls, genes=rng.permutation(len(data.truth)))
 
 
 def intervals(data, args):
@@ -650,8 +652,8 @@ def print_table(results):
         alone = f" ({cell(p.posterior_coverage)})" if p.posterior_coverage.notna().any() else ""
         flat = f" ({cell(p.identifiable_flat)})" if p.identifiable_flat.notna().any() else ""
         print(f"| {size}, {depth}, {kernel} | {ROW_NAMES[row]} | {len(p)} | {cell(p.rmse)} | "
-              f"{cell(p.coverage)}{alone} | {cell(p.width)} | {cell(p.identifiable_used)}{flat} | {cell(p.spearman_identifiable)} | "
-              + (f"{int(gate.sum())} of {len(gate)}" if len(gate) else "")
+              f"{cell(p.coverage)}{alone} | {cell(p.width)} | {cell(p.identifiable_used)}{flat} | "
+              f"{cell(p.spearman_identifiable)} | " + (f"{int(gate.sum())} of {len(gate)}" if len(gate) else "")
               + f" | {cell(p.seconds, 0)} | {cell(p.cpu_seconds, 0)} | {cell(p.mib, 0)} |")
     notes = table[table.failed.notna() | table.note.notna()].drop_duplicates("row")
     for _, r in notes.iterrows():
@@ -669,11 +671,12 @@ def draw(results, file):
     rows = [r for r in ROWS if r in set(table.row) and r != "intervals"]
     sizes = [s for s in SIZES if s in set(table["size"])]
     fig, axes = plt.subplots(2, 4, figsize=(15, 8.5), sharex=True, height_ratios=[1.6, 1], layout="constrained")
+    compared = ["default", "true_time", "dpt_xcorr"]
     for top, below, (depth, kernel) in zip(*axes, [(d, k) for d in ("shallow", "deep") for k in ("exp", "shift")]):
         part = table[(table.depth == depth) & (table.kernel == kernel)]
         title = f"{depth}, {'first-order lag' if kernel == 'exp' else 'pure delay'}"
         draw_points(top, part[part["size"] == "main"], "row", rows, ROW_NAMES, [None], title)
-        draw_points(below, part, "size", sizes, SIZE_NAMES, ["default", "true_time", "dpt_xcorr"], "by size of the data")
+        draw_points(below, part, "size", sizes, SIZE_NAMES, compared, "by size of the data")
         below.set_xlabel("Spearman of estimated and planted log τ")
     for ax in axes[:, 1:].ravel():
         ax.set_yticklabels([])
