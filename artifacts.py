@@ -209,7 +209,7 @@ def read_weights(file):
         raise FileNotFoundError(f"{file} not found.\n  Give the path of a .pt file that Effendi wrote.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as err:
         raise ValueError(f"{file} is not a weights file that can be read safely (weights_only): "
-                         f"{str(err).splitlines()[0]}\n  It is truncated, or holds code. Make or copy it again.") from err
+                         f"{str(err).splitlines()[0]}\n  It is truncated or holds code. Make it again.") from err
 
 
 def _check_bytes(name, meta):

@@ -45,7 +45,8 @@ def test_set_wins_over_the_environment_and_both_over_the_default(monkeypatch, tm
 
 
 def test_a_wrong_setting_ends_a_script_with_status_2_and_no_traceback():
-    done = subprocess.run([sys.executable, "train_vf.py", "--set", "VF_EPOHCS=5"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train_vf.py", "--set", "VF_EPOHCS=5"], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and "did you mean VF_EPOCHS" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -44,7 +44,8 @@ def test_the_mathematics_reads_no_settings_and_no_files(module):
 
 
 def test_importing_every_module_prints_nothing_writes_nothing_and_loads_no_heavy_library(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(m for m in MODULES if m != 'hyenadna_encoder')}\n"
+    light = ", ".join(m for m in MODULES if m != "hyenadna_encoder")        # it subclasses transformers' model
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {light}\n"
             "assert not {'scanpy', 'anndata', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -63,7 +64,7 @@ def test_nothing_reads_a_pickle_or_runs_code_from_a_model_repository():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 text = ast.unparse(node)
-                assert not text.startswith(("pickle.load", "pd.read_pickle", "pandas.read_pickle")), f"{path.name}: {text}"
+                assert not text.startswith(("pickle.load", "pd.read_pickle", "pandas.read_pickle")), path.name
                 assert "trust_remote_code=True" not in text and "allow_pickle=True" not in text, f"{path.name}: {text}"
                 if text.startswith("torch.load"):
                     assert "weights_only=True" in text, f"{path.name}: {text}"
