@@ -12,8 +12,8 @@ at T, moved for the right ODE time t, looks like a state collected at T' < T:
 Both sides of the second line are the same score of clouds of the same spread, which is why regression to the
 mean in u, however strong, cancels; so does a spread of process time among cells collected together, as long as
 it is the same at all times. Nothing is interpolated between collection times unless the path ends before it
-has arrived (then the share of the way counts). A time that u does not tell from the one before joins it. Into
-the first collection, before which nothing was seen to happen, every flow slows down; that step is left out
+has arrived (then the share of the way counts). A time that u does not tell from the one before is passed over.
+Into the first collection, before which nothing was seen to happen, every flow slows down; that step is left out
 where two others remain.
 
 Known delays (--genes FILE.csv with columns gene, hours).
@@ -126,7 +126,7 @@ def member_pace(u, hours, at, rng, draws=DRAWS):
                          "  Leave it out (an empty field in the column), or join it with its neighbour.")
     mean = np.stack([u[:, label == k].mean(1) for k in range(len(times))], -1)                # (S, K)
     error = np.array([u[0, label == k].std() for k in range(len(times))]) / np.sqrt(n)
-    keep = [0]                          # a time point that u does not tell from the one before joins it
+    keep = [0]                          # a time point that u does not tell from the one before is passed over
     for k in range(1, len(times)):
         if mean[0, k] - mean[0, keep[-1]] > RESOLVED * math.hypot(error[k], error[keep[-1]]):
             keep.append(k)

@@ -79,7 +79,8 @@ def known_trajectories(kernel, cells=1500, genes=24, mean=20.0):
 @pytest.mark.parametrize("kernel", anchored.KERNELS)
 def test_the_e_step_recovers_planted_delays_on_true_trajectories(kernel):
     states, readout, counts, log_tau = known_trajectories(kernel)
-    like, a, b = anchored.grid_likelihood(states, readout, counts, torch.ones(len(counts)), counts.mean(0), kernel)
+    like, a, b = anchored.grid_likelihood(states, readout, counts, torch.ones(len(counts)), counts.mean(0), kernel,
+                                          times=TIMES)
     _, mean, sd = anchored.posterior(like, torch.zeros(len(log_tau)), 1.0)
     assert (mean - log_tau).abs().median() < 0.1            # below one grid step, 0.15
     assert ((mean - log_tau).abs() < 4 * sd + 0.15).all()

@@ -518,7 +518,8 @@ def test_two_processes_write_the_arrays_of_one(files, whole, tmp_path):
     out = tmp_path / "out"
     script = tmp_path / "both.py"               # both stages in one start: importing torch takes most of the time
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport precompute_embeddings as pre\n"
-                      "with pre.processes():\n    for stage in ('rna', 'atac'):\n        pre.main([stage, *sys.argv[1:]])\n")
+                      "with pre.processes():\n    for stage in ('rna', 'atac'):\n"
+                      "        pre.main([stage, *sys.argv[1:]])\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            str(script), *real_encoders.arguments(files, out)],
                           capture_output=True, text=True, timeout=120)
