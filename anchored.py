@@ -408,6 +408,9 @@ def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, 
     shapes chosen by noise cost accuracy.
     Shapes  z (N, 8), counts (N, G)
     """
+    if epochs < warm:
+        raise ValueError(f"EM_EPOCHS={epochs}: at least {warm} epochs come before the first E-step.\n"
+                         "  Leave it at its default.")
     counts = torch.as_tensor(counts, dtype=torch.float32)
     start = rng.get_state()
     first = best = None
@@ -596,16 +599,17 @@ def gate(result, halves, least_z=3.0, least_agreement=0.3):
     return Gate(not reasons, reasons, gain_z, own_z, halves.spearman)
 
 
-def intervals(log_tau, sd, replicates=None, level=0.9, inflate=1.0):
-    """Central intervals (low, high) of log tau: normal, variance = posterior + bootstrap.
+def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.2):
+    """Central intervals (low, high) of log tau: normal, variance = posterior + bootstrap + model_sd^2.
 
     The posterior knows the noise of the gene's own RNA given readout and flow; refits on resampled cells
-    (R, G) add what readout and flow themselves do not know.
+    (R, G) add what readout and flow themselves do not know. model_sd is what all refits share: a flow whose
+    pace is not that of the process everywhere. Set on simulations, where it is what deep data leave over.
     """
-    variance = sd.square()
+    variance = sd.square() + model_sd**2
     if replicates is not None:
         variance = variance + torch.as_tensor(replicates).float().var(0)
-    half = inflate * torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.5 + level / 2)) * variance.sqrt()
+    half = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.5 + level / 2)) * variance.sqrt()
     return log_tau - half, log_tau + half
 
 

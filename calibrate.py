@@ -151,20 +151,27 @@ def scale_from_times(model, z_atac, hours, seed):
     if not isinstance(model, inference.AnchoredEffendi):
         raise ValueError("effendi.pt was trained under OBJECTIVE specification, whose delays have no time scale.\n"
                          "  Train the default: python run.py --set OBJECTIVE=anchored")
-    rng, cuts = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    members = []
+    seen = []
     for member in model.members:
         path = anchored.path(member.field.net, member.align(torch.as_tensor(z_atac)))
-        u = time_score(member.readout.hidden(path), hours, cuts)
-        found = member_pace(u, hours, anchored.TIMES, rng)
+        level = (member.log_tau - model.tau_predictor.log_tau).mean()
+        seen.append((member.readout.hidden(path), float(level)))
+    return scale_from_paths(seen, hours, seed)
+
+
+def scale_from_paths(seen, hours, seed):
+    """The same from [(what the readout sees along a member's path (S, N, K), its level)]."""
+    rng, cuts = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    members = []
+    for states, level in seen:
+        found = member_pace(time_score(states, hours, cuts), hours, anchored.TIMES, rng)
         low = np.quantile(found["draws"], 1 - LEVEL)
         if not low > 0:
             raise ValueError("the flow does not carry cells back along their collection times "
                              f"({found['pace']:.3g} hours per ODE unit, {LEVEL:.0%} above {low:.3g}): tau cannot be "
                              "put into hours on these data.\n"
                              "  Give known delays of a few genes instead: --genes FILE.")
-        found["level"] = float((member.log_tau - model.tau_predictor.log_tau).mean())
-        members.append(found)
+        members.append(dict(found, level=level))
     return combine(members)
 
 

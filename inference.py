@@ -14,7 +14,6 @@ Writes  inference.h5ad (X the RNA counts if given; obsm z_atac, z_A, phi_tau_z_A
 Run     python inference.py --model effendi_output/effendi.pt --atac new_atac.h5ad --rna new_rna.h5ad --out new_output
 """
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,11 +25,11 @@ from tqdm import tqdm
 import artifacts
 import config
 import effendi_loader as loader
+import embed_cells
 import linear_encoder
 from effendi import AnchoredEffendi, Effendi, add_genes
 
 MODELS = {"specification": Effendi, "anchored": AnchoredEffendi}
-FEWEST_FEATURES = 0.5       # share of the encoder's peaks or genes that a new data set must have
 ARGUMENTS = {
     "--model": dict(required=True, metavar="PT", help="effendi.pt of a finished run"),
     "--atac": dict(dest="ATAC_FILE", metavar="H5AD", help="cells x peaks, counts"),
@@ -100,36 +99,9 @@ def gene_spearman(y_hat, counts, depth):
 
 # --- new cells ----------------------------------------------------------------------------------------------
 
-def enough(path, what, missing, n):
-    """ValueError when a new file lacks too many of the features that the stored encoder reads."""
-    if len(missing) > (1 - FEWEST_FEATURES) * n:
-        raise ValueError(f"{path} lacks {len(missing):,} of the {n:,} {what} that the model was trained on "
-                         f"(first: {', '.join(missing[:3])}).\n  New cells need the same {what}: count the reads over "
-                         "the training peaks again, or train on this data.")
-    if missing:
-        print(f"{Path(path).name}: {len(missing):,} of the model's {n:,} {what} are missing and count as zero")
-
-
-def embed(counts, encoder, width):
-    """New cells in the space of a stored PCA or LSI: embedding (N, width) float32 and depth (N,). Streamed."""
-    kind = encoder["encoder"]
-    if kind not in ("pca", "lsi"):
-        raise ValueError(f"the model was trained on {kind} embeddings, which inference.py cannot make from counts.\n"
-                         "  Embed the cells with precompute_embeddings.py, and call inference.predict on the arrays.")
-    names, what = (encoder["genes"], "genes") if kind == "pca" else (encoder["peaks"], "peaks")
-    select, missing = loader.selection(counts.features.index, names)
-    enough(counts.path, what, missing, len(names))
-    z, depth = [], []
-    bar = tqdm(total=counts.n_cells, unit="cell", desc=f"embedding {Path(counts.path).name}", leave=False, disable=None)
-    with bar:
-        for _, block in counts.blocks():
-            depth.append(np.asarray(block.sum(1)).ravel())
-            part = (block @ select).tocsr()
-            part.eliminate_zeros()
-            z.append(linear_encoder.pca_transform(part, depth[-1], encoder) if kind == "pca"
-                     else linear_encoder.lsi_transform(part, encoder))
-            bar.update(block.shape[0])
-    return linear_encoder.pad(np.vstack(z), width), np.concatenate(depth)
+def depth_of(counts):
+    """Counts of each cell over all features of its file, (N,)."""
+    return np.concatenate([np.asarray(block.sum(1)).ravel() for _, block in counts.blocks()])
 
 
 def gather(counts, weights):
@@ -145,13 +117,12 @@ class NewData:
 
     def __init__(self, saved, atac, rna=None):
         self.saved, self.atac, self.rna = saved, atac, rna
-        self.z_atac, self.atac_depth = embed(atac, saved["atac_encoder"], saved["args"]["in_dim"])
+        self.z_atac, self.atac_depth = embed_cells.transform_atac(atac, saved["atac_encoder"]), depth_of(atac)
         self.cells = pd.Index(atac.names)
         if rna is not None:
-            z_R, depth = embed(rna, saved["rna_encoder"], saved["args"]["dim"])
             frames = [pd.DataFrame({"source": "paired"}, index=names) for names in (rna.names, atac.names)]
             self.rows_rna, self.rows_atac = loader.pair(*frames)
-            self.z_R, self.depth = z_R[self.rows_rna], depth[self.rows_rna].astype(np.float32)
+            self.depth = depth_of(rna)[self.rows_rna].astype(np.float32)
             self.z_atac, self.cells = self.z_atac[self.rows_atac], self.cells[self.rows_atac]
 
     def counts(self, genes):
@@ -174,21 +145,29 @@ def new_genes(data):
 
 
 def embed_genes(data, genes):
-    """Embeddings (G, D) of genes outside training: how they follow the components of the two stored PCAs here."""
+    """(embeddings (G, D), names) of those genes outside training that can be embedded as the training genes were.
+
+    PCA: how a gene follows the components of the two stored PCAs in the new cells. scGPT: its entry in the vocabulary.
+    """
     rna, access = data.saved["rna_encoder"], data.saved.get("gene_encoder")
-    if rna["encoder"] != "pca" or access is None:
-        raise ValueError("--new-genes needs a model on PCA gene embeddings; this one was trained on "
-                         f"{rna['encoder']}.\n  Save their embeddings with scgpt_encoder.save_gene_embeddings instead.")
+    if rna["encoder"] == "scgpt":
+        import scgpt_encoder
+        emb, matched, missing = scgpt_encoder.gene_embeddings(genes, config.SCGPT_MODEL_DIR)
+        if missing:
+            print(f"{len(missing):,} of {len(genes):,} new genes are not in the scGPT vocabulary and are left out")
+        return emb, matched
     half = data.saved["args"]["dim"] // 2
     scores = linear_encoder.pca_transform(data.counts(rna["genes"]), data.depth, rna)
     first = linear_encoder.pca_gene_loadings(lambda: [(data.counts(genes), data.depth)], scores, rna)
     known = [g for g in access["genes"] if g in data.rna.features.index]
     select, missing = loader.selection(known, access["genes"])
-    enough(data.rna.path, "genes", missing, len(access["genes"]))
+    if len(missing) > (1 - embed_cells.MIN_SHARED) * len(access["genes"]):
+        raise ValueError(f"{data.rna.path} lacks {len(missing):,} of the {len(access['genes']):,} training genes, relative "
+                         "to which new genes are embedded.\n  Run without --new-genes.")
     depth = data.atac_depth[data.rows_atac]
     scores = linear_encoder.pca_transform((data.accessibility(known) @ select).tocsr(), depth, access)
     second = linear_encoder.pca_gene_loadings(lambda: [(data.accessibility(genes), depth)], scores, access)
-    return np.sqrt(half) * np.hstack([linear_encoder.pad(part, half) for part in (first, second)])
+    return np.sqrt(half) * np.hstack([linear_encoder.pad(part, half) for part in (first, second)]), genes
 
 
 # --- results --------------------------------------------------------------------------------------------------
@@ -196,15 +175,17 @@ def embed_genes(data, genes):
 def results(model, data, extra, device):
     """(table, model output, genes) for the training genes and, after them, the extra ones."""
     saved = data.saved
-    genes, gene_emb = [*saved["genes"], *extra], saved["gene_emb"]
+    gene_emb = saved["gene_emb"]
     if extra:
-        new_emb = torch.from_numpy(embed_genes(data, extra).astype(np.float32))
+        new_emb, extra = embed_genes(data, extra)
+        new_emb = torch.from_numpy(new_emb.astype(np.float32))
         if saved["objective"] == "anchored":
             access, depth = data.accessibility(extra).toarray(), data.atac_depth[data.rows_atac]
             cells = (data.z_atac, access, depth, data.counts(extra).toarray(), data.depth)
             cells = [torch.as_tensor(array, dtype=torch.float32) for array in cells]
             model = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
         gene_emb = torch.cat([gene_emb, new_emb])
+    genes = [*saved["genes"], *extra]
     out = predict(model, data.z_atac, gene_emb, device, config.BATCH_SIZE)
     table = pd.DataFrame(dict(tau=out["tau"].mean(0), cell_sd=out["tau"].std(0),
                               trained=np.isin(genes, saved["genes"])), index=pd.Index(genes, name="gene"))

@@ -14,13 +14,15 @@ anew, with everything else as it was. A lag divides by the chromatin's change, w
 p compares leads, which are lags times that change. Signs of a lag are biased by noise alone, so that 50 % is no
 reference for the share of genes with a positive one.
 Own chromatin: log-likelihood of a gene's RNA given its own readout, beyond that given another gene's of the group.
-tau of a group: the genes' log-likelihoods over tau added up, along the flow as fitted; hours by calibrate.py.
+tau of a group: the genes' log-likelihoods over tau added up, along the flow as fitted; hours by calibrate.py. The
+same for both stages fitted to sums of 10 cells collected together, which shows what single cells lack: counts.
 
 Reads   ../shared/data/a549_multiome, ../shared/data/a549_dex_timecourse; a finished run of it, or makes one (minutes)
 Writes  docs/a549_groups.png
 Run     python benchmarks/a549_groups.py --out effendi_a549
 """
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -43,6 +45,7 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "a549_groups.png"
 HOURS = np.array([0, 1, 3])
 DRAWS = 400
 OTHERS = 10                             # draws of another gene's chromatin
+POOL, POOLINGS = 10, 3                  # cells collected together that are summed, and how often
 # Bulk samples whose expression is out of time order
 OUT_OF_ORDER = ("t1_rep1", "t2_rep1", "t3_rep1", "t4_rep1", "t7_rep4", "t8_rep4")
 
@@ -67,8 +70,8 @@ def fit_run():
 
 
 def load():
-    """{"model", "genes", "x" (N, 256), "z_R", "hours" (N,), "access" and "counts" (N, G), "depth" (N,),
-    "groups" {name: (G,) bool}, "bulk"}"""
+    """{"model", "genes", "emb" (G, 512), "x" (N, 256), "z_R", "hours" (N,), "access" and "counts" (N, G),
+    "depth" (N,), "groups" {name: (G,) bool}, "bulk"}"""
     import anndata
     model, saved = inference.load_effendi(artifacts.path("effendi.pt"))
     cells, genes = anndata.read_h5ad(artifacts.path("effendi.h5ad")), saved["genes"]
@@ -77,7 +80,8 @@ def load():
     bulk = pd.read_csv(BULK, sep="\t").set_index("gene.name")
     calls = bulk["gene.regulation"].reindex(genes).to_numpy()
     groups = {"up": calls == "up-regulated", "down": calls == "down-regulated"}
-    return dict(model=model, genes=genes, x=torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32)),
+    return dict(model=model, genes=genes, emb=saved["gene_emb"],
+                x=torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32)),
                 z_R=np.asarray(cells.obsm["z_R"]), hours=cells.obs["time_h"].to_numpy(float),
                 access=artifacts.load_sparse("gene_accessibility.npz")[rows][:, columns].toarray(),
                 counts=cells[:, genes].X.toarray(), depth=cells.obs["n_counts"].to_numpy(float),
@@ -188,22 +192,63 @@ def own_gain(data, rng):
     return {name: np.mean(values, 0) for name, values in gains.items()}
 
 
+@dataclass
+class Flow:
+    """A member's fit along some cells: path (S, N, 8), readout, kernel and own log ODE time at tau = 1."""
+    path: torch.Tensor
+    readout: anchored.GeneReadout
+    kernel: str
+    level: float
+
+
 @torch.no_grad()
-def group_tau(data, rng, permuted=False):
+def stored_flows(data, order=slice(None)):
+    """The run's members along its cells; with order, along the chromatin of other cells."""
+    model = data["model"]
+    return [Flow(anchored.path(m.field.net, m.align(data["x"][order])), m.readout, model.kernel,
+                 float((m.log_tau - model.tau_predictor.log_tau).mean())) for m in model.members]
+
+
+def pooled(data, rng, permuted):
+    """Both stages fitted anew to sums of POOL cells collected together: (flows, counts (M, G), hours (M,))."""
+    groups = []
+    for h in HOURS:
+        rows = rng.permutation(np.flatnonzero(data["hours"] == h))
+        groups += list(rows[:len(rows) // POOL * POOL].reshape(-1, POOL))
+    rows = np.array(groups)                                                     # (M, POOL)
+    other = rng.permutation(len(data["x"]))[rows] if permuted else rows
+    counts = torch.from_numpy(data["counts"][rows].sum(1))
+    result = anchored.fit(data["x"][torch.from_numpy(other)].mean(1), data["access"][other].sum(1), counts,
+                          data["emb"], torch.Generator().manual_seed(int(rng.integers(2**31))), members=1)
+    with torch.no_grad():
+        flows = [Flow(anchored.path(d.field.net, a.z), a.readout, d.kernel, d.gauge)
+                 for a, d in zip(result.anchors, result.delays)]
+    return flows, counts, data["hours"][rows[:, 0]]
+
+
+@torch.no_grad()
+def group_tau(flows, counts, groups, rng):
     """Relative tau of each group from the sum of its genes' log-likelihoods, genes resampled: {group: (draws,)}."""
-    counts, model = torch.from_numpy(data["counts"]), data["model"]
     depth, mean = anchored.size_factors(counts)
-    order = torch.from_numpy(rng.permutation(len(counts))) if permuted else slice(None)
-    found = {name: 0 for name in data["groups"]}
-    picks = {name: rng.choice(np.flatnonzero(group), (DRAWS, group.sum())) for name, group in data["groups"].items()}
-    for member in model.members:
-        states = anchored.path(member.field.net, member.align(data["x"][order]))
-        like = anchored.grid_likelihood(states, member.readout, counts, depth, mean, model.kernel)[0].double()
-        level = (member.log_tau - model.tau_predictor.log_tau).mean()
+    found = {name: 0 for name in groups}
+    picks = {name: rng.choice(np.flatnonzero(group), (DRAWS, group.sum())) for name, group in groups.items()}
+    for flow in flows:
+        like = anchored.grid_likelihood(flow.path, flow.readout, counts, depth, mean, flow.kernel)[0].double()
         for name, pick in picks.items():
             share = torch.softmax(like[pick].sum(1), 1)                                         # (draws, U)
-            found[name] = found[name] + (share @ anchored.LOG_TAU.double() - level).numpy() / len(model.members)
+            found[name] = found[name] + (share @ anchored.LOG_TAU.double() - flow.level).numpy() / len(flows)
     return {name: np.exp(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def hours_per_unit(flows, hours, rng):
+    """Draws of the scale (draws,), or why there is none."""
+    try:
+        log_scale, sd, _ = calibrate.scale_from_paths([(f.readout.hidden(f.path), f.level) for f in flows], hours,
+                                                      config.SEED)
+    except ValueError as err:
+        return str(err).splitlines()[0]
+    return np.exp(log_scale + sd * rng.standard_normal(DRAWS))
 
 
 # --- what is printed and drawn ----------------------------------------------------------------------------------
@@ -230,6 +275,18 @@ def print_lags(results, groups):
           f"{found['up']['rna'] - found['down']['rna']:.2f} h {span(gap)}")
 
 
+def print_tau(what, flows, counts, hours, groups, rng):
+    """A line: scale, and tau of up and down genes with intervals, in hours where there is a scale."""
+    taus, scale = group_tau(flows, counts, groups, rng), hours_per_unit(flows, hours, rng)
+    text = []
+    for name in ("up", "down"):
+        text.append(f"{name} {np.median(taus[name]):.2f} {span(taus[name])}")
+        if not isinstance(scale, str):
+            text[-1] += f" = {np.median(taus[name]) * np.median(scale):.2f} h {span(taus[name] * scale)}"
+    print(f"  tau of groups, {what} ({flows[0].kernel}): " + "; ".join(text)
+          + (f"; no hours: {scale}" if isinstance(scale, str) else ""))
+
+
 def known_time(data):
     """Correlation over cells of collection time with what chromatin, and with what RNA, expects it to be."""
     cut = torch.Generator().manual_seed(config.SEED)
@@ -248,11 +305,11 @@ def picture(results, data, gains):
     for label, (mean, colour) in readings.items():
         for name, style in (("up", "-"), ("down", "--")):
             m = mean[:, data["groups"][name]].mean(1)
-            left.plot(HOURS, (m - m[0]) / (m[2] - m[0]), style, color=colour, marker="o", ms=4,
+            left.plot(HOURS, (m - m[0]) / (m[2] - m[0]), style, color=colour, marker="o", ms=3,
                       label=f"{label}, {name}")
     left.set(xlabel="time after dexamethasone (h)", ylabel="share of the 3 h change", xticks=HOURS,
              title="response of gene groups")
-    left.legend(frameon=False, fontsize=7, loc="lower right")
+    left.legend(frameon=False, fontsize=7, loc="lower right", handlelength=3.5)
     rows = [(source, name, f) for source, found in results.items() for name, f in found.items()]
     for at, (source, _, f) in enumerate(rows):
         colour = report.BLUE if source == "Effendi readout" else report.GREY
@@ -265,8 +322,8 @@ def picture(results, data, gains):
     right.boxplot([gains[name] for name in gains], showfliers=False, widths=0.5,
                   medianprops=dict(color=report.BLUE), tick_labels=[f"{n} ({len(v)})" for n, v in gains.items()])
     right.axhline(0, color="black", lw=0.6)
-    right.set(xlabel="group (genes)", ylabel="own over another gene's chromatin (nats a gene)",
-              title="whose chromatin explains RNA")
+    right.set(xlabel="group (genes)", ylabel="own beyond another's (nats a gene)",
+              title="RNA given a gene's own chromatin")
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_bytes(report.png(figure))
 
@@ -300,22 +357,16 @@ def main(argv=None):
           .format(*known_time(data)))
     training = artifacts.record("gene_tau_estimates.csv")
     print(f"  gate: {training['meaning']}")
-    table = artifacts.load_table("gene_tau_estimates.csv")
-    tau = table["tau"].reindex(data["genes"]).to_numpy()
-    taus, permuted = group_tau(data, rng), group_tau(data, rng, permuted=True)
-    try:
-        log_scale, sd, _ = calibrate.scale_from_times(data["model"], data["x"].numpy(), data["hours"], config.SEED)
-        scale = np.exp(log_scale + sd * rng.standard_normal(DRAWS))
-        print(f"  hours per unit of tau: {np.exp(log_scale):.2f} {span(scale)}")
-    except ValueError as err:
-        scale = np.full(DRAWS, np.nan)
-        print(f"  hours per unit of tau: none; {str(err).splitlines()[0]}")
-    for name, group in data["groups"].items():
-        hours = (f", in hours {np.median(taus[name]) * np.median(scale):.2f} {span(taus[name] * scale)}"
-                 if np.isfinite(scale).all() else "")
-        print(f"  tau, {name}: geometric mean of the genes' {np.exp(np.log(tau[group]).mean()):.2f}; pooled "
-              f"{np.median(taus[name]):.2f} {span(taus[name])}{hours}; permuted ATAC {np.median(permuted[name]):.2f} "
-              f"{span(permuted[name])}")
+    tau = artifacts.load_table("gene_tau_estimates.csv")["tau"].reindex(data["genes"]).to_numpy()
+    print("  tau of the genes, geometric mean: " + ", ".join(
+        f"{name} {np.exp(np.log(tau[group]).mean()):.2f}" for name, group in data["groups"].items()))
+    counts, other = torch.from_numpy(data["counts"]), torch.from_numpy(rng.permutation(len(data["x"])))
+    print_tau("single cells", stored_flows(data), counts, data["hours"], data["groups"], rng)
+    print_tau("single cells, permuted ATAC", stored_flows(data, other), counts, data["hours"], data["groups"], rng)
+    for draw in range(POOLINGS):
+        for permuted in (False, True):
+            name = f"{POOL} cells pooled, draw {draw + 1}" + ", permuted ATAC" * permuted
+            print_tau(name, *pooled(data, rng, permuted), data["groups"], rng)
     clean, up = bulk_timing(data["bulk"], data["genes"]), data["groups"]["up"]
     timing = {"Effendi's tau": tau, "lag, Effendi readout": by_one_hour(D) - by_one_hour(rna),
               "lag, plain counts": by_one_hour(access) - by_one_hour(rna), "RNA alone": -by_one_hour(rna)}

@@ -84,7 +84,7 @@ def test_a_constant_estimate_has_no_rank_correlation():
 
 
 def test_finished_rows_are_not_done_again_and_a_torn_line_is_no_result(small, tmp_path, capsys):
-    args = Namespace(out=tmp_path, seeds=[3], sizes=["small"], depths=["6000"], kernels=["exp"],
+    args = Namespace(out=tmp_path, redo=False, seeds=[3], sizes=["small"], depths=["6000"], kernels=["exp"],
                      rows=["untrained", "true_time"])
     known_truth.run(args)
     file = tmp_path / "results.jsonl"
@@ -100,7 +100,7 @@ def test_a_row_that_fails_gives_its_reason_and_the_others_go_on(small, tmp_path,
     def broken(data, args):
         raise ValueError("not installed: no network")
     monkeypatch.setitem(known_truth.ROWS, "multivelo", broken)
-    known_truth.run(Namespace(out=tmp_path, seeds=[3], sizes=["small"], depths=["6000"], kernels=["exp"],
+    known_truth.run(Namespace(out=tmp_path, redo=False, seeds=[3], sizes=["small"], depths=["6000"], kernels=["exp"],
                               rows=["multivelo", "untrained"]))
     failed, other = known_truth.read_results(tmp_path / "results.jsonl")
     assert "no network" in failed["failed"] and "spearman" in other

@@ -420,6 +420,11 @@ def whole(files, tmp_path_factory):
     return out, arrays
 
 
+def same_numbers(got, want):
+    """Equal but for float32 rounding: the last bit of a matrix product depends on where its operands lie in memory."""
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
 def test_the_real_encoders_give_what_their_modules_give(files, whole):
     out, arrays = whole
     config.OUT_DIR, config.DIM, config.HYENADNA_D_MODEL = str(out), 32, 32
@@ -481,7 +486,7 @@ def test_a_run_stopped_between_shards_goes_on_and_ends_with_the_same_arrays(file
     pre.main(arguments)
     assert saved == list(range(0, {"rna": real_encoders.CELLS, "atac": 40}[stage], 16))        # none twice
     name = f"effendi_{stage}_emb.npy"
-    assert np.array_equal(artifacts.load_array(name, (None, 32)), whole[1][name])
+    same_numbers(artifacts.load_array(name, (None, 32)), whole[1][name])
     assert not artifacts.path("shards").exists()
 
 
@@ -496,8 +501,8 @@ def test_a_killed_process_leaves_whole_shards_and_nothing_else(files, whole, tmp
     assert running.wait() == -signal.SIGKILL
     assert {path.name for path in out.iterdir()} == {"shards", "genome.fa.fai"}
     pre.main(arguments)
-    for name in ("effendi_atac_emb.npy", "peak_embeddings.npy"):        # batches of 2, so float32 rounding differs
-        np.testing.assert_allclose(artifacts.load_array(name, (None, 32)), whole[1][name], atol=1e-5)
+    for name in ("effendi_atac_emb.npy", "peak_embeddings.npy"):
+        same_numbers(artifacts.load_array(name, (None, 32)), whole[1][name])
 
 
 def test_the_dtype_is_chosen_once_and_kept_when_the_run_goes_on(files, tmp_path, monkeypatch):
@@ -528,7 +533,7 @@ def test_two_processes_write_the_arrays_of_one(files, whole, tmp_path):
         assert done.stdout.count(f"precompute_embeddings {stage}: {real_encoders.CELLS} cells") == 1
     config.OUT_DIR = str(out)
     for name in REAL_ARRAYS[:3]:
-        assert np.array_equal(artifacts.load_array(name, (None, 32)), whole[1][name]), name
+        same_numbers(artifacts.load_array(name, (None, 32)), whole[1][name])
     assert not (out / "shards").exists()
 
 
