@@ -162,8 +162,8 @@ def embed_genes(data, genes):
     known = [g for g in access["genes"] if g in data.rna.features.index]
     select, missing = loader.selection(known, access["genes"])
     if len(missing) > (1 - embed_cells.MIN_SHARED) * len(access["genes"]):
-        raise ValueError(f"{data.rna.path} lacks {len(missing):,} of the {len(access['genes']):,} training genes, relative "
-                         "to which new genes are embedded.\n  Run without --new-genes.")
+        raise ValueError(f"{data.rna.path} lacks {len(missing):,} of the {len(access['genes']):,} training genes, "
+                         "relative to which new genes are embedded.\n  Run without --new-genes.")
     depth = data.atac_depth[data.rows_atac]
     scores = linear_encoder.pca_transform((data.accessibility(known) @ select).tocsr(), depth, access)
     second = linear_encoder.pca_gene_loadings(lambda: [(data.accessibility(genes), depth)], scores, access)
