@@ -51,6 +51,7 @@ FOLDS, RIDGE = 5, 1e-3
 DRAWS = 400                             # bootstrap samples of the cells
 RESOLVED = 4.0                          # standard errors by which u must tell two collection times apart
 MODEL_SD = 0.12                         # of log scale: what the other terms missed on simulated time courses
+GENE_SPREAD = 0.3                       # of log hours - log tau between genes, beyond their sd, on simulated data
 ARGUMENTS = {
     "--time-column": dict(metavar="NAME", help="column of effendi.h5ad's obs with collection times in hours (time_h)"),
     "--genes": dict(metavar="CSV", help="known delays instead: columns gene, hours"),
@@ -224,16 +225,16 @@ def scale_from_genes(gap, sd):
     """log scale, its sd and the spread between genes, from gap = log hours - log tau and its sd, (G,) each.
 
         s^2 = max(0, (Q - (G - 1)) / (sum w - sum w^2 / sum w)),   Q = sum w (gap - mean)^2,   w = 1 / sd^2
-    The sd of few genes is widened as far as Student's t with G - 1 degrees of freedom asks for; one gene has
-    no spread, and its own sd is all there is.
+    The sd of few genes is widened as far as Student's t with G - 1 degrees of freedom asks for; one gene cannot
+    show a spread, and gets GENE_SPREAD.
     """
     gap, variance, G = np.asarray(gap, float), np.square(np.asarray(sd, float)).clip(1e-12), len(gap)
-    w, spread = 1 / variance, 0.0
+    w, spread = 1 / variance, GENE_SPREAD**2 if G == 1 else 0.0
     if G > 1:
         Q = (w * (gap - np.average(gap, weights=w)) ** 2).sum()
         spread = max(0.0, (Q - (G - 1)) / (w.sum() - (w**2).sum() / w.sum()))
     w = 1 / (variance + spread)
-    wider = student.ppf(0.5 + LEVEL / 2, G - 1) / Z if spread > 0 else 1.0
+    wider = student.ppf(0.5 + LEVEL / 2, G - 1) / Z if G > 1 and spread > 0 else 1.0
     return np.average(gap, weights=w), wider / math.sqrt(w.sum()), math.sqrt(spread)
 
 

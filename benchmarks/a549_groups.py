@@ -14,8 +14,7 @@ anew, with everything else as it was. A lag divides by the chromatin's change, w
 p compares leads, which are lags times that change. Signs of a lag are biased by noise alone, so that 50 % is no
 reference for the share of genes with a positive one.
 Own chromatin: log-likelihood of a gene's RNA given its own readout, beyond that given another gene's of the group.
-tau of a group: the genes' log-likelihoods over tau added up, along the flow as fitted; hours by calibrate.py. The
-same for both stages fitted to sums of 10 cells collected together, which shows what single cells lack: counts.
+tau of a group: the genes' log-likelihoods over tau added up, along the flow as fitted; hours by calibrate.py.
 
 Reads   ../shared/data/a549_multiome, ../shared/data/a549_dex_timecourse; a finished run of it, or makes one (minutes)
 Writes  docs/a549_groups.png
@@ -45,7 +44,6 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "a549_groups.png"
 HOURS = np.array([0, 1, 3])
 DRAWS = 400
 OTHERS = 10                             # draws of another gene's chromatin
-POOL, POOLINGS = 10, 3                  # cells collected together that are summed, and how often
 # Bulk samples whose expression is out of time order
 OUT_OF_ORDER = ("t1_rep1", "t2_rep1", "t3_rep1", "t4_rep1", "t7_rep4", "t8_rep4")
 
@@ -70,7 +68,7 @@ def fit_run():
 
 
 def load():
-    """{"model", "genes", "emb" (G, 512), "x" (N, 256), "z_R", "hours" (N,), "access" and "counts" (N, G),
+    """{"model", "genes", "x" (N, 256), "z_R", "hours" (N,), "access" and "counts" (N, G),
     "depth" (N,), "groups" {name: (G,) bool}, "bulk"}"""
     import anndata
     model, saved = inference.load_effendi(artifacts.path("effendi.pt"))
@@ -80,8 +78,7 @@ def load():
     bulk = pd.read_csv(BULK, sep="\t").set_index("gene.name")
     calls = bulk["gene.regulation"].reindex(genes).to_numpy()
     groups = {"up": calls == "up-regulated", "down": calls == "down-regulated"}
-    return dict(model=model, genes=genes, emb=saved["gene_emb"],
-                x=torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32)),
+    return dict(model=model, genes=genes, x=torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32)),
                 z_R=np.asarray(cells.obsm["z_R"]), hours=cells.obs["time_h"].to_numpy(float),
                 access=artifacts.load_sparse("gene_accessibility.npz")[rows][:, columns].toarray(),
                 counts=cells[:, genes].X.toarray(), depth=cells.obs["n_counts"].to_numpy(float),
@@ -207,23 +204,6 @@ def stored_flows(data, order=slice(None)):
     model = data["model"]
     return [Flow(anchored.path(m.field.net, m.align(data["x"][order])), m.readout, model.kernel,
                  float((m.log_tau - model.tau_predictor.log_tau).mean())) for m in model.members]
-
-
-def pooled(data, rng, permuted):
-    """Both stages fitted anew to sums of POOL cells collected together: (flows, counts (M, G), hours (M,))."""
-    groups = []
-    for h in HOURS:
-        rows = rng.permutation(np.flatnonzero(data["hours"] == h))
-        groups += list(rows[:len(rows) // POOL * POOL].reshape(-1, POOL))
-    rows = np.array(groups)                                                     # (M, POOL)
-    other = rng.permutation(len(data["x"]))[rows] if permuted else rows
-    counts = torch.from_numpy(data["counts"][rows].sum(1))
-    result = anchored.fit(data["x"][torch.from_numpy(other)].mean(1), data["access"][other].sum(1), counts,
-                          data["emb"], torch.Generator().manual_seed(int(rng.integers(2**31))), members=1)
-    with torch.no_grad():
-        flows = [Flow(anchored.path(d.field.net, a.z), a.readout, d.kernel, d.gauge)
-                 for a, d in zip(result.anchors, result.delays)]
-    return flows, counts, data["hours"][rows[:, 0]]
 
 
 @torch.no_grad()
@@ -363,10 +343,6 @@ def main(argv=None):
     counts, other = torch.from_numpy(data["counts"]), torch.from_numpy(rng.permutation(len(data["x"])))
     print_tau("single cells", stored_flows(data), counts, data["hours"], data["groups"], rng)
     print_tau("single cells, permuted ATAC", stored_flows(data, other), counts, data["hours"], data["groups"], rng)
-    for draw in range(POOLINGS):
-        for permuted in (False, True):
-            name = f"{POOL} cells pooled, draw {draw + 1}" + ", permuted ATAC" * permuted
-            print_tau(name, *pooled(data, rng, permuted), data["groups"], rng)
     clean, up = bulk_timing(data["bulk"], data["genes"]), data["groups"]["up"]
     timing = {"Effendi's tau": tau, "lag, Effendi readout": by_one_hour(D) - by_one_hour(rna),
               "lag, plain counts": by_one_hour(access) - by_one_hour(rna), "RNA alone": -by_one_hour(rna)}

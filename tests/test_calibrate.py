@@ -130,8 +130,9 @@ def test_exact_known_delays_give_the_exact_scale():
     assert calibrate.scale_from_genes([0.4, 0.4, 0.4], [0.1, 0.2, 0.3])[0] == pytest.approx(0.4)
 
 
-def test_one_gene_gives_its_own_uncertainty():
-    assert calibrate.scale_from_genes([0.4], [0.25]) == (pytest.approx(0.4), pytest.approx(0.25), 0.0)
+def test_one_gene_gives_its_own_uncertainty_and_the_usual_spread_between_genes():
+    mean, sd, spread = calibrate.scale_from_genes([0.4], [0.4])
+    assert (mean, sd, spread) == (pytest.approx(0.4), pytest.approx(0.5), pytest.approx(calibrate.GENE_SPREAD))
 
 
 def test_genes_that_agree_are_weighted_by_their_own_precision():
@@ -157,6 +158,12 @@ def test_the_interval_of_the_scale_covers_it_in_nine_of_ten_draws():
     assert 0.85 < np.mean(hits) < 0.97
 
 
+def test_the_sd_of_a_known_gene_is_that_of_its_interval(tmp_path):
+    table = pd.DataFrame(dict(tau=[2.0], tau_low=[2 * math.exp(-0.3)], tau_high=[2 * math.exp(0.5)]), index=["a"])
+    gap, sd, names = calibrate.known_delays(known(tmp_path, "gene,hours\na,6\n"), table)
+    assert (gap[0], sd[0], names) == (pytest.approx(math.log(3)), pytest.approx(0.4 / 1.6449, rel=1e-4), ["a"])
+
+
 # --- the stage --------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -171,7 +178,7 @@ def write_table(gate_open):
     table = pd.DataFrame(dict(tau=tau, tau_low=tau / 1.5, tau_high=tau * 2.0, identifiable=True),
                          index=pd.Index([f"gene{g}" for g in range(6)], name="gene"))
     table.loc["gene5", ["tau_low", "tau_high", "identifiable"]] = np.nan, np.nan, False
-    table["identifiable"] = table["identifiable"].astype(bool) & gate_open
+    table["identifiable"] = table["identifiable"].astype(bool)
     artifacts.save_table("gene_tau_estimates.csv", table, stage="train_delay", metrics=dict(gate_open=gate_open))
 
 
