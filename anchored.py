@@ -487,7 +487,8 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
                                  times=times)
     share, centre, sd = posterior(like, prior, prior_sd)
     still, still_gene = still_likelihood(z, readout, counts, depth, mean, train, out, torch.arange(n_genes))
-    _, foreign_gene = still_likelihood(z, readout, counts, depth, mean, train, out, torch.randperm(n_genes, generator=rng))
+    another = torch.randperm(n_genes, generator=rng)
+    _, foreign_gene = still_likelihood(z, readout, counts, depth, mean, train, out, another)
     level = gauge(centre, sd, prior_sd).item()
     return DelayFit(field, kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like, like_out, still,
                     still_gene - foreign_gene, (share * like).sum(1) - still_gene, level, epoch,
