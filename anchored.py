@@ -584,7 +584,7 @@ class Gate:
 
 
 def gate(result, halves, least_z=3.0, least_agreement=0.3):
-    """Whether tau means anything on these data: three tests, each over cells or genes no fit has seen together.
+    """Whether tau means anything on these data: three tests, all of which have to pass.
 
         moving beats v = 0 on held-out cells; a gene's own chromatin beats another gene's; the halves agree
     z = mean / standard error: over held-out cells for motion, over genes for own chromatin. Over cells the latter

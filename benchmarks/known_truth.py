@@ -693,7 +693,7 @@ def draw(results, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     table = frame(results)
-    rows = [r for r in ROWS if r in set(table.row) and r != "intervals"]
+    rows = [r for r in ROWS if r in set(table.row[table.spearman.notna()]) and r != "intervals"]
     sizes = [s for s in SIZES if s in set(table["size"])]
     fig, axes = plt.subplots(2, 4, figsize=(15, 8.5), sharex=True, height_ratios=[1.5, 1], layout="constrained")
     compared = ["default", "true_time", "dpt_xcorr"]
@@ -705,7 +705,7 @@ def draw(results, file):
         below.set_xlabel("Spearman of estimated and planted log τ")
     for ax in axes[:, 1:].ravel():
         ax.set_yticklabels([])
-    axes[1, 0].legend(loc="center left", fontsize=8)
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="below")
     fig.suptitle("Recovery of planted delays, a point per seed, bar = mean.  "
                  "Above: 3 lineages, 3,000 cells, 400 genes.  Below: other sizes")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -52,14 +52,21 @@ def finished(tmp_path_factory):
     return folder
 
 
+# Children can be killed, and a server that has loaded the modules forks them: quick to start, and free of the threads
+# that autograd leaves in this process, with which a plain fork hangs.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["run"])
+
+
+def run_quietly(arguments):
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+        run.main(arguments)
+
+
 def in_child(objective, out):
-    """run.py in a forked process, so that it can be killed and the modules need loading only once."""
-    def quietly():
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            os.dup2(null.fileno(), 2)
-            run.main([*SMALL, *objective, "--out", out])
-    child = multiprocessing.get_context("fork").Process(target=quietly)
+    child = SERVER.Process(target=run_quietly, args=([*SMALL, *objective, "--out", out],))
     child.start()
     return child
 
