@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def total(losses):
     return losses["ode"] + 0.5 * losses["recon"] + 0.01 * losses["tau"] + 0.1 * losses["reverse"]
 
 
+def result_file(which):
+    return Path(tempfile.gettempdir()) / f"effendi_bench_train_{which}.pt"
+
+
 def measure(which, cells, genes, repeats):
     """In a fresh process: {"seconds", "mib", and a digest of the outputs}."""
     torch.manual_seed(0)
@@ -85,7 +90,7 @@ def measure(which, cells, genes, repeats):
         times.append(time.perf_counter() - start)
         model.zero_grad()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    torch.save({k: out[k].detach() for k in ("tau", "y_hat", "z_integrated")}, f"/dev/shm/bench_train_{which}.pt")
+    torch.save({k: out[k].detach() for k in ("tau", "y_hat", "z_integrated")}, result_file(which))
     print(json.dumps(dict(seconds=min(times), mib=(peak - before) / 1024)))
 
 
@@ -112,7 +117,7 @@ def main():
             rows[which] = json.loads(done.stdout.splitlines()[-1])
             print(f"{genes:>8}{which:>10}{rows[which]['seconds']:>10.3f}{rows[which]['mib']:>10.0f}")
         if len(rows) == 2:
-            a, b = (torch.load(f"/dev/shm/bench_train_{w}.pt", weights_only=True) for w in ("plain", "effendi"))
+            a, b = (torch.load(result_file(w), weights_only=True) for w in ("plain", "effendi"))
             gap = max((a[k] - b[k]).abs().max().item() for k in a)
             print(f"{genes:>8}{'ratio':>10}{rows['plain']['seconds'] / rows['effendi']['seconds']:>9.1f}x"
                   f"{rows['plain']['mib'] / rows['effendi']['mib']:>9.1f}x   largest difference {gap:.1e}")
