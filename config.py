@@ -119,7 +119,7 @@ EXPLODE_NORM: float = 50.0              # gradient clipping threshold
 N_STEPS: int = 200                      # Euler steps of a Stage 2 trajectory
 N_STEPS_BAR: int = 20                   # Euler steps to tau_bar and back, in L_reverse and Stage 1
 TAU_MAX: float | None = None            # end of the trajectory; None = the largest tau of the batch
-HELD_OUT: float = 0.1                   # share of cells that no gradient sees
+HELD_OUT: float = 0.1                   # share of cells held out of the gradients, to choose and to report by
 
 # --- the model ----------------------------------------------------------------------------------------------------
 # "anchored" = each gene read from its own chromatin at its own delay: tau is determined by the data (DESIGN.md);
@@ -134,6 +134,10 @@ MIN_ACCESS: int = 20                    # accessible counts below which a gene h
 CELL_GROUPS: int = 12                   # Stage 2.2: groups of cells whose delays may differ; 1 = none
 BOOTSTRAP: int = 20                     # Stage 2.2: refits of both stages behind the intervals; 0 = posterior alone
 WORKERS: int | None = None              # processes for them; None = one a core
+
+
+CHOICES = {"OBJECTIVE": ("anchored", "specification"), "KERNEL": (None, "exp", "shift", "gamma"),
+           "SIM_KERNEL": ("exp", "shift", "gamma")}
 
 
 def override(name, text):
@@ -154,6 +158,8 @@ def override(name, text):
     if type(value) not in allowed:
         kinds = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{name}={text!r} is {type(value).__name__}, but config.py declares {kinds}")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{name}={text!r} is unknown; choose one of {', '.join(map(str, CHOICES[name]))}")
     globals()[name] = value
 
 

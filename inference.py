@@ -2,7 +2,7 @@
 
     z_A = AlignMLP(encode(ATAC))        with the encoder that is stored in effendi.pt
     tau, y_hat                          as in training, for the training genes or for given gene embeddings
-    reverse_ode:   z_A ~ phi_(-tau_bar)(z_R)
+    reverse_ode:   z_A ~ phi_(-tau_bar)(z_R)                            both for OBJECTIVE specification only
     scRNA_to_tau:  RNA alone -> z_A by the reversed flow -> tau
 
 New genes (--new-genes) are embedded by the encoder that is stored with the model: a gene's embedding is how it
@@ -82,7 +82,13 @@ def reverse_ode(model, z_R, tau_bar, n_steps=200, explode_norm=50.0):
 
 @torch.no_grad()
 def scRNA_to_tau(model, z_R, gene_emb, n_steps=200, explode_norm=50.0):
-    """Delays (B, G) of cells of which only RNA is known, and which of them exploded on the way back."""
+    """Delays (B, G) of cells of which only RNA is known, and which of them exploded on the way back.
+
+    For models trained under OBJECTIVE specification, whose flow ends in the space of z_R.
+    """
+    if isinstance(model, AnchoredEffendi):
+        raise ValueError("scRNA_to_tau: the anchored model's flow stays in the latent of chromatin, not in that of z_R.\n"
+                         "  Give ATAC (inference.py), or a model trained with OBJECTIVE=specification.")
     tau_bar = model.tau_predictor(None, gene_emb).median()
     z_A, exploded = reverse_ode(model, z_R, tau_bar, n_steps, explode_norm)
     return model.tau_predictor(z_A, gene_emb), exploded
@@ -218,7 +224,8 @@ def main(argv=None):
     rna = loader.open_counts(rna_file, "rna", config.GTF_FILE) if rna_file else None
     data = NewData(saved, atac, rna)
     table, out, genes = results(model, data, new_genes(data) if args.new_genes else [], device)
-    facts = dict(stage="inference", model=artifacts.hash_file(args.model), inputs=[config.ATAC_FILE, config.RNA_FILE],
+    files = [config.ATAC_FILE, config.RNA_FILE, config.MULTIOME_FILE]
+    facts = dict(stage="inference", model=artifacts.hash_file(args.model), inputs=files,
                  seconds=round(time.time() - start, 1))
     artifacts.save("inference.h5ad", lambda f: write_h5ad(f, data, out, genes), rows=len(data.cells), **facts)
     artifacts.save_table("inference_tau.csv", table, **facts)

@@ -158,8 +158,9 @@ gene_tau_estimates.csv.</p>{''.join(image(data, text) for text, data in pictures
 
 def run():
     inputs = {name: artifacts.existing(name) for name in INPUTS} | {"truth": config.TRUTH_FILE}
-    key = artifacts.stage_key("report", inputs, ())
-    if artifacts.is_done(key, "report.html"):
+    key = artifacts.stage_key("report", inputs, {"trained": artifacts.record("gene_tau_estimates.csv")["key"]})
+    pngs = ["report_tau.png", *(["report_recovery.png"] if config.TRUTH_FILE else [])]
+    if artifacts.is_done(key, "report.html", *pngs):
         print("report: up to date")
         return
     import anndata

@@ -69,6 +69,7 @@ def simulate_input():
         data = simulate.simulate(config.SIM_CELLS, config.SIM_GENES, config.SIM_LINEAGES, config.SIM_KERNEL,
                                  config.SIM_DEPTH, config.SEED)
         simulate.write(data, tmp)
+        artifacts.path("simulated.txt.json").unlink(missing_ok=True)        # no record may outlive its data
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(tmp, folder)
         text = (f"{data.rna.n_obs} cells, {data.rna.n_vars} genes, {data.atac.n_vars} peaks, {config.SIM_LINEAGES} "

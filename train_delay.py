@@ -43,7 +43,7 @@ SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "TAU_HIDDEN", "TAU_
             "MIN_PAIRED_CELLS")
 ANCHORED_INPUTS = (*INPUTS, "gene_accessibility.npz")
 ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "KERNEL", "MEMBERS", "EM_EPOCHS", "CELL_GROUPS", "BOOTSTRAP",
-                     "ANCHOR_STEPS", "HELD_OUT", "MIN_PAIRED_CELLS")
+                     "HELD_OUT", "MIN_PAIRED_CELLS")
 RESUME = "train_delay.resume.pt"
 MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves "
                "them unchanged), so that these delays mean nothing about the genes.")
@@ -282,7 +282,8 @@ def build_anchored(result, data, groups, shift):
     first = result.anchors[0]
     n_groups = 1 if shift is None else shift.shape[1]
     model = AnchoredEffendi(data["x"].shape[1], data["emb"].shape[1], len(data["emb"]), result.kernel,
-                            len(result.delays), n_groups, first.align.args["hidden"], config.VF_HIDDEN,
+                            len(result.delays), n_groups, first.align.args["hidden"],
+                            result.delays[0].field.net[0].out_features,
                             len(first.readout.landmarks), config.N_STEPS)
     for member, anchor, delay in zip(model.members, result.anchors, result.delays):
         member.align.load_state_dict(anchor.align.state_dict())
@@ -328,6 +329,9 @@ def run_anchored():
                               ANCHORED_SETTINGS)
     if artifacts.is_done(key, *OUTPUTS):
         return print("train_delay: up to date")
+    if config.BOOTSTRAP < 0 or config.BOOTSTRAP == 1:
+        raise ValueError(f"BOOTSTRAP={config.BOOTSTRAP}: a spread needs at least 2 refits.\n"
+                         "  Use 20 or more for intervals, or 0 for the posterior alone.")
     start = time.time()
     data, members = load_anchored()
     device = config.pick_device()
@@ -390,10 +394,13 @@ def tau_table(tau, data):
 
 
 def write_h5ad(file, data, out):
-    """The paired cells for scanpy: X counts, obs held_out, obsm z_atac, z_A, z_R, phi_tau_z_A, layers tau, y_hat."""
+    """The paired cells for scanpy: X counts, obsm z_atac, z_A, z_R, phi_tau_z_A, layers tau, y_hat.
+
+    obs checked: the rows of validate.py's reconstruction, which no gradient saw under OBJECTIVE specification.
+    """
     import anndata
     cells = anndata.AnnData(data["counts"], obs=data["obs"].copy(), var=data["genes"].copy())
-    cells.obs["held_out"] = np.isin(np.arange(cells.n_obs), data["held_out"])
+    cells.obs["checked"] = np.isin(np.arange(cells.n_obs), data["held_out"])
     cells.obsm.update(z_atac=data["z_atac"], z_A=out["z_A"], z_R=data["z_R"], phi_tau_z_A=out["z_integrated"])
     cells.layers.update(tau=out["tau"], y_hat=out["y_hat"])
     cells.write_h5ad(file.name)

@@ -26,7 +26,8 @@ def test_an_override_takes_the_declared_type(name, text, value):
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
 
 
-@pytest.mark.parametrize("name,text", [("VF_EPOCHS", "5.5"), ("VF_EPOCHS", "many"), ("VF_LR", "None"), ("DEBUG", "1")])
+@pytest.mark.parametrize("name,text", [("OBJECTIVE", "anchor"), ("KERNEL", "foo"), ("VF_EPOCHS", "5.5"),
+                                       ("VF_EPOCHS", "many"), ("VF_LR", "None"), ("DEBUG", "1")])
 def test_a_value_of_another_type_is_refused_by_name(name, text):
     with pytest.raises(ValueError, match=name):
         config.override(name, text)
