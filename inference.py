@@ -87,7 +87,7 @@ def scRNA_to_tau(model, z_R, gene_emb, n_steps=200, explode_norm=50.0):
     For models trained under OBJECTIVE specification, whose flow ends in the space of z_R.
     """
     if isinstance(model, AnchoredEffendi):
-        raise ValueError("scRNA_to_tau: the anchored model's flow stays in the latent of chromatin, not in that of z_R.\n"
+        raise ValueError("scRNA_to_tau: the anchored model's flow stays in the latent of chromatin, not of z_R.\n"
                          "  Give ATAC (inference.py), or a model trained with OBJECTIVE=specification.")
     tau_bar = model.tau_predictor(None, gene_emb).median()
     z_A, exploded = reverse_ode(model, z_R, tau_bar, n_steps, explode_norm)
