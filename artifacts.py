@@ -120,12 +120,6 @@ def save_array(name, array, ids, **record):
     save(name, lambda f: np.save(f, array), rows=len(array), shape=list(array.shape), ids=hash_ids(ids), **record)
 
 
-def save_sparse(name, matrix, ids, columns, **record):
-    """A scipy .npz; rows named by ids, columns by columns."""
-    save(name, lambda f: sp.save_npz(f, matrix.tocsr()), rows=matrix.shape[0], shape=list(matrix.shape),
-         ids=hash_ids(ids), columns=hash_ids(columns), **record)
-
-
 def save_table(name, table, **record):
     """A .csv with its index as the first column, which names the rows."""
     save(name, lambda f: f.write(table.to_csv().encode()), rows=len(table), ids=hash_ids(table.index), **record)

@@ -13,6 +13,7 @@ Writes  inference.h5ad (X the RNA counts if given; obsm z_atac, z_A, phi_tau_z_A
         inference_tau.csv (one row per gene: tau, cell_sd, trained, and with RNA: spearman of y_hat and counts)
 Run     python inference.py --model effendi_output/effendi.pt --atac new_atac.h5ad --rna new_rna.h5ad --out new_output
 """
+import functools
 import time
 
 import numpy as np
@@ -123,13 +124,18 @@ class NewData:
 
     def __init__(self, saved, atac, rna=None):
         self.saved, self.atac, self.rna = saved, atac, rna
-        self.z_atac, self.atac_depth = embed_cells.transform_atac(atac, saved["atac_encoder"]), depth_of(atac)
+        self.z_atac = embed_cells.transform_atac(atac, saved["atac_encoder"])
         self.cells = pd.Index(atac.names)
         if rna is not None:
             frames = [pd.DataFrame({"source": "paired"}, index=names) for names in (rna.names, atac.names)]
             self.rows_rna, self.rows_atac = loader.pair(*frames)
             self.depth = depth_of(rna)[self.rows_rna].astype(np.float32)
             self.z_atac, self.cells = self.z_atac[self.rows_atac], self.cells[self.rows_atac]
+
+    @functools.cached_property
+    def atac_depth(self):
+        """ATAC counts of the paired cells (N,); only new genes need them, so known genes do not pay for the pass."""
+        return depth_of(self.atac)[self.rows_atac]
 
     def counts(self, genes):
         """RNA counts of the paired cells (N, G); zero columns for genes the file lacks."""
@@ -170,7 +176,7 @@ def embed_genes(data, genes):
     if len(missing) > (1 - embed_cells.MIN_SHARED) * len(access["genes"]):
         raise ValueError(f"{data.rna.path} lacks {len(missing):,} of the {len(access['genes']):,} training genes, "
                          "relative to which new genes are embedded.\n  Run without --new-genes.")
-    depth = data.atac_depth[data.rows_atac]
+    depth = data.atac_depth
     scores = linear_encoder.pca_transform((data.accessibility(known) @ select).tocsr(), depth, access)
     second = linear_encoder.pca_gene_loadings(lambda: [(data.accessibility(genes), depth)], scores, access)
     return np.sqrt(half) * np.hstack([linear_encoder.pad(part, half) for part in (first, second)]), genes
@@ -186,7 +192,7 @@ def results(model, data, extra, device):
         new_emb, extra = embed_genes(data, extra)
         new_emb = torch.from_numpy(new_emb.astype(np.float32))
         if saved["objective"] == "anchored":
-            access, depth = data.accessibility(extra).toarray(), data.atac_depth[data.rows_atac]
+            access, depth = data.accessibility(extra).toarray(), data.atac_depth
             cells = (data.z_atac, access, depth, data.counts(extra).toarray(), data.depth)
             cells = [torch.as_tensor(array, dtype=torch.float32) for array in cells]
             model = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))

@@ -255,8 +255,10 @@ def bootstrap(data, kernel, done, key):
 
 def _replicates(left, cells, kernel, workers):
     if workers == 1:
+        threads = torch.get_num_threads()                   # a refit takes one thread, here as in a process of its own
         _share(cells, kernel, config.SEED)
         yield from map(_replicate, left)
+        torch.set_num_threads(threads)
         return
     # spawn: a fork would copy torch's thread pool in whatever state it is, which can hang.
     with multiprocessing.get_context("spawn").Pool(workers, _share, (cells, kernel, config.SEED)) as pool:
