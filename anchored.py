@@ -1,9 +1,9 @@
 """Delays anchored in each gene's own chromatin: from arrays to log tau_g and what it is worth.
 
     z         AlignMLP(x)                                                   (N, 8)
-    D(z, g)   4 exp(g.e_g + p_g) sigmoid(kappa P(R z).(e_g + delta_g) + b.e_g + q_g)
-    Stage 1   access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g))    ATAC alone, never paired
-    Stage 2   counts[c, g] ~ Poisson(mu_r[g] s_r[c] yhat[c, g])             D frozen; v and tau learned
+    D(z, g)   T(z) 4 exp(g.e_g + p_g) sigmoid(kappa P(R z).(e_g + delta_g) + b.e_g + q_g)
+    Stage 1   access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g) / T)   ATAC alone, never paired
+    Stage 2   counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])              D frozen; v and tau learned
     yhat      A_g sum_s W_s(tau_g) D(z_s, g) + B_g,   dz/dt = v(z), z_0 = z, Lip(v) <= 1
 
 Expression of gene g is what the frozen readout of its own accessibility gives once the state has moved for
@@ -47,8 +47,10 @@ KERNELS = ("exp", "shift", "gamma")
 CANDIDATES = ("exp", "shift")
 LOG_TAU = torch.linspace(math.log(0.06), math.log(8.0), 33)
 SHAPES = {"exp": 1.0, "gamma": 3.0}                         # of the gamma-distributed delay; "shift" has none
-BANDWIDTH = 0.7                                             # latent units over which landmark cells are averaged
+BANDWIDTH = 0.5                                             # latent units over which landmark cells are averaged
 N_LANDMARKS = 400
+N_REFERENCES = 1000                                         # cells that stand for all states of the population
+OWN = 8.0                                                   # learning rate of what belongs to one gene, over the rest's
 NOISE = 0.3                                                 # latent noise under which the readout must hold
 
 
@@ -110,17 +112,21 @@ class GeneReadout(nn.Module):
         self.p = nn.Parameter(torch.full((len(gene_emb),), -math.log(2)))
         self.q = nn.Parameter(torch.zeros(len(gene_emb)))
         self.register_buffer("landmarks", torch.empty(0, latent))
+        self.register_buffer("log_size", torch.empty(0))
 
     def hidden(self, z):
-        """P at the nearest believable state, sum_j softmax_j(-|z - z_j|^2 / 2 h^2) z_j over landmark cells z_j.
+        """P at the nearest believable state, sum_j w_j z_j, and there log T = sum_j w_j log T_j: (..., K + 1).
 
+            w = softmax_j(-|z - z_j|^2 / 2 h^2)         over landmark cells z_j
         The flow leaves the cells that the readout was fitted on; what the readout says out there is arbitrary,
         and a flow free to use it explains expression without moving along the process.
         """
+        log_size = z.new_zeros(1).expand(*z.shape[:-1], 1)
         if len(self.landmarks):
             close = (z @ self.landmarks.T - self.landmarks.square().sum(1) / 2) / BANDWIDTH**2
-            z = torch.softmax(close, -1) @ self.landmarks
-        return self.P(z)
+            weights = torch.softmax(close, -1)
+            z, log_size = weights @ self.landmarks, (weights @ self.log_size)[..., None]
+        return torch.cat([self.P(z), log_size], -1)
 
     def forward(self, z, genes=slice(None)):
         """(..., latent) -> (..., G) for the genes asked for."""
@@ -128,11 +134,35 @@ class GeneReadout(nn.Module):
         return level * shape
 
     def parts(self, hidden, genes=slice(None)):
-        """(G,) and (..., G), whose product is D; hidden = P(z) (..., K)."""
+        """(G,) and (..., G), whose product is D; hidden as hidden(z) gives it."""
+        level, slope, bias = self.linear(genes)
+        shape = torch.sigmoid(hidden[..., :-1] @ slope.T + bias)
+        return level, shape * hidden[..., -1:].exp() if len(self.landmarks) else shape
+
+    def linear(self, genes=slice(None)):
+        """Level (G,), slope (G, K) and bias (G,): D = level T sigmoid(P(z).slope + bias)."""
         e = self.e[genes]
-        level = 4 * torch.exp(e @ self.gain + self.p[genes])
-        slope = self.kappa * (e + self.delta[genes])
-        return level, torch.sigmoid(hidden @ slope.T + (e @ self.offset + self.q[genes]))
+        return (4 * torch.exp(e @ self.gain + self.p[genes]), self.kappa * (e + self.delta[genes]),
+                e @ self.offset + self.q[genes])
+
+    @torch.no_grad()
+    def land(self, z):
+        """Take the cells z (J, 8) as landmarks, and from them the size of every state: all that is open in it.
+
+            log T_j = r (mean_j m_j - m_j),    m_j = median_g (log D(z_j, g) - mean_j log D(z_j, g))
+            r = 1 - E[se_j^2] / var_j m_j,     se_j^2 = (pi / 2) (1.48 MAD_g)^2 / G
+        Counts of a cell say what share of all fragments a gene has. Where more genes open than close, shares
+        of unchanged genes fall, and a gene seems to close; that the middle gene does not change gives the scale.
+        r is the part of m's variance that the luck of which genes were drawn does not explain.
+        """
+        self.landmarks = torch.empty(0, z.shape[1])
+        relative = self(z).log()
+        relative = relative - relative.mean(0)
+        middle = relative.median(1).values
+        deviation = 1.48 * (relative - middle[:, None]).abs().median(1).values
+        noise = math.pi / 2 * deviation.square().mean() / relative.shape[1]
+        r = (1 - noise / middle.var().clamp_min(1e-12)).clamp_min(0)
+        self.landmarks, self.log_size = z.clone(), r * (middle.mean() - middle)
 
     def penalty(self):
         p = self.p + math.log(2)
@@ -154,6 +184,7 @@ def restore_anchor(align_state, readout_state, x, gene_emb):
     hidden = align_state["net.0.bias"].shape[0]
     align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(torch.as_tensor(gene_emb))
     readout.landmarks = torch.empty_like(readout_state["landmarks"])
+    readout.log_size = torch.empty_like(readout_state["log_size"])
     align.load_state_dict(align_state)
     readout.load_state_dict(readout_state)
     align.eval().requires_grad_(False)
@@ -188,6 +219,8 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
                progress=None):
     """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
 
+    AlignMLP and readout are fitted together first. Then every cell's state is inferred from its accessible genes
+    (sharpen), which tells it better than its embedding alone, and AlignMLP learns to say the same.
     Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU
     """
     torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))           # weights and dropout
@@ -195,9 +228,10 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
     centre, scale = x.mean(0), (x - x.mean(0)).square().mean(0).max().sqrt().clamp_min(1e-12)
     xs = (x - centre) / scale
     align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(gene_emb)
-    params = [*align.parameters(), *readout.parameters()]
-    opt = torch.optim.Adam(params, lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.1)
+    own = [readout.delta, readout.p, readout.q]
+    shared = [p for p in (*align.parameters(), *readout.parameters()) if not any(p is o for o in own)]
+    opt = torch.optim.Adam([{"params": shared}, {"params": own}], lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, [lr, OWN * lr], total_steps=steps + 1, pct_start=0.1)
     depth, mean = size_factors(access)
     train, out = split_cells(len(x), held_out, rng)
     best, history = (math.inf, 0, None), []
@@ -223,6 +257,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
     nll, step, (state_align, state_readout) = best
     align.load_state_dict(state_align)
     readout.load_state_dict(state_readout)
+    sharpen(align, readout, xs, access, depth, mean, train, rng)
     align.eval().requires_grad_(False)
     readout.requires_grad_(False)
     with torch.no_grad():                                   # AlignMLP takes x as it comes
@@ -230,8 +265,55 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         first.weight /= scale
         first.bias -= first.weight @ centre
         z = align(x)
-        readout.landmarks = z[train[:N_LANDMARKS]].clone()
-        return Anchor(align, readout, z, nll, step, history)
+    readout.land(z[train[:N_LANDMARKS]])
+    return Anchor(align, readout, z, nll, step, history)
+
+
+def sharpen(align, readout, x, access, depth, mean, train, rng, steps=150, lr=1e-2, align_steps=400, batch=512):
+    """One round of expectation-maximisation over the states of cells; align and readout are changed in place.
+
+        E   P[c, j] ~ prod_g Poisson(access[c, g]; mu_g s_c D(z_j, g))          z_j of reference cells
+        M   readout: sum_cj P[c, j] log Poisson(...); then E once more, and AlignMLP: |AlignMLP(x_c) - P z|^2
+    Ref     Bishop, Svensen & Williams 1998, GTM: the generative topographic mapping
+    """
+    align.eval()
+    rows = train[:N_REFERENCES]
+    with torch.no_grad():
+        nodes = align(x[rows])
+        nodes = state_posterior(readout, nodes, access[rows], depth[rows], mean) @ nodes
+        expected, exposure = 0.0, 0.0                       # of every reference state
+        for part in train.split(4096):
+            share = state_posterior(readout, nodes, access[part], depth[part], mean)
+            expected, exposure = expected + share.T @ access[part], exposure + share.T @ depth[part]
+    params = list(readout.parameters())
+    opt = torch.optim.Adam(params, lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.1)
+    for _ in range(steps):
+        m = exposure[:, None] * mean * readout(nodes + NOISE / 3 * torch.randn(nodes.shape, generator=rng))
+        loss = (m - expected * m.log()).sum() / (len(train) * len(mean)) + readout.penalty()
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        schedule.step()
+    with torch.no_grad():
+        z = torch.cat([state_posterior(readout, nodes, access[part], depth[part], mean) @ nodes
+                       for part in torch.arange(len(x)).split(4096)])
+    align.train()
+    opt = torch.optim.AdamW(align.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=align_steps + 1, pct_start=0.1)
+    for _ in range(align_steps):
+        rows = torch.randint(len(x), (batch,), generator=rng)
+        loss = (align(x[rows]) - z[rows]).square().mean()
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        schedule.step()
+
+
+def state_posterior(readout, nodes, access, depth, mean):
+    """P[c, j], the probability that cell c is in state nodes[j], all states equally likely before: (N, J)."""
+    rate = mean * readout(nodes)                                                # (J, G)
+    return torch.softmax(access @ rate.log().T - depth[:, None] * rate.sum(1), 1)
 
 
 # --- Stage 2: flow and delays ----------------------------------------------------------------------------------------
@@ -376,28 +458,65 @@ def head_predict(gene_emb, log_tau, sd, new_emb, prior_sd=1.0, ridge=10.0):
 
 
 def predict(states, readout, weights, A, B, genes=slice(None)):
-    """yhat (N, G) = A sum_s W_s D(z_s) + B, for states (T+1, N, 8) and weights (G, T+1)."""
-    level, shape = readout.parts(readout.hidden(states), genes)
-    return (shape * (weights.T * (A * level))[:, None]).sum(0) + B
+    """yhat (N, G) = A sum_s W_s D(z_s) + B, for states (T+1, N, 8) and weights (G, T+1). Readout is taken as fixed."""
+    level, slope, bias = (part.detach() for part in readout.linear(genes))
+    return _ReadPath.apply(readout.hidden(states), weights.T * (A * level), slope, bias, B)
 
 
-def cell_likelihood(yhat, counts, exposure):
-    """(N,) sum over genes of y log m - m."""
-    m = exposure * yhat
+class _ReadPath(torch.autograd.Function):
+    """B + sum_s C_s T_s sigmoid(h_s slope^T + bias), state by state: a block of cells x genes stays in the cache.
+
+    Shapes  hidden (T+1, N, K+1) = (h, log T), C (T+1, G), slope (G, K), bias and B (G,) -> (N, G)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, C, slope, bias, B):
+        size = hidden[..., -1:].exp()
+        total, opened = B.repeat(hidden.shape[1], 1), []
+        for h, t, c in zip(hidden, size, C):
+            opened.append(torch.addmm(bias, h[:, :-1], slope.T).sigmoid_())
+            total.addcmul_(opened[-1] * c, t)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(size, C, slope, *opened)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        size, C, slope, *opened = ctx.saved_tensors
+        out = grad.new_empty(*size.shape[:2], slope.shape[1] + 1)
+        for s, (o, t, c) in enumerate(zip(opened, size, C)):
+            down = (grad * c).mul_(o).mul_(t)
+            out[s, :, -1] = down.sum(1)                     # of log T
+            out[s, :, :-1] = down.addcmul_(down, o, value=-1) @ slope
+        return out, None, None, None, None
+
+
+def cell_size(yhat, mean):
+    """What a cell expresses in all, relative to the mean gene, (N, 1): its counts are n_c shares of this."""
+    return (yhat @ mean / mean.sum())[:, None]
+
+
+def cell_likelihood(yhat, counts, depth, mean):
+    """(N,) sum over genes of y log m - m, m = mu s yhat / T: the multinomial likelihood of the cell's counts."""
+    m = depth[:, None] * mean * yhat / cell_size(yhat, mean)
     return (counts * m.log() - m).sum(1)
 
 
 @torch.no_grad()
-def still_likelihood(z, readout, counts, depth, mean, train, out, genes):
-    """v = 0: yhat = A D(z_0) + B. Log-likelihood of held-out cells (N_out,), and of all cells per gene (G,)."""
+def still_likelihood(z, readout, counts, depth, offset, mean, train, out, genes):
+    """v = 0: yhat = A D(z_0) + B. Log-likelihood of held-out cells (N_out,), and of all cells per gene (G,).
+
+    genes (G,): whose readout each gene is given. offset (N,): depth over cell_size, the same for all that is compared
+    gene by gene.
+    """
     def fit_static(rows):
-        like, a, b = grid_likelihood(z[None, rows], readout, counts[rows], depth[rows], mean, "exp", times=(0.0,),
+        like, a, b = grid_likelihood(z[None, rows], readout, counts[rows], offset[rows], mean, "exp", times=(0.0,),
                                      chromatin=genes)
         return like[:, 0], a[:, 0], b[:, 0]
     _, a, b = fit_static(train)
     own = torch.ones(len(a), 1)
     yhat = predict(z[None, out], readout, own, a, b, genes)
-    return cell_likelihood(yhat, counts[out], depth[out, None] * mean), fit_static(torch.arange(len(z)))[0]
+    return cell_likelihood(yhat, counts[out], depth[out], mean), fit_static(torch.arange(len(z)))[0]
 
 
 def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2, kinetic=0.012,
@@ -443,12 +562,14 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n_steps + 1, 20), pct_start=0.1)
     log_tau, prior = torch.zeros(n_genes), torch.zeros(n_genes)
     A, B = torch.full((n_genes,), 0.8), torch.full((n_genes,), 0.2)
+    offset = depth
     best, history = (-math.inf,), []
     for epoch in range(1, epochs + 1):
         weights = kernel_weights(log_tau.exp(), times, kernel)
         for rows in train[torch.randperm(len(train), generator=rng)].split(batch):
             states, speed_sq = moving_path(field, z[rows], times)
-            m = depth[rows, None] * mean * predict(states, readout, weights, A, B)
+            yhat = predict(states, readout, weights, A, B)
+            m = offset[rows, None] * mean * yhat
             loss = poisson_nll(m, counts[rows]) + kinetic * speed_sq
             opt.zero_grad(set_to_none=True)
             loss.backward()
@@ -461,9 +582,10 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
         field.eval()
         with torch.no_grad():
             if (epoch - warm) % every == 0:
-                now = A * weights.T, B
-                like, a, b = grid_likelihood(path(field, z[train], times), readout, counts[train], depth[train], mean,
-                                             kernel, now, times=times)
+                states = path(field, z, times)
+                offset = depth / cell_size(predict(states, readout, weights, A, B), mean)[:, 0]
+                like, a, b = grid_likelihood(states[:, train], readout, counts[train], offset[train], mean, kernel,
+                                             (A * weights.T, B), times=times)
                 share, centre, sd = posterior(like, prior, prior_sd)
                 centre = centre - gauge(centre, sd, prior_sd)
                 if use_head:
@@ -474,7 +596,7 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
                 B = B + 0.7 * ((share * b).sum(1) - B)
                 weights = kernel_weights(log_tau.exp(), times, kernel)
             yhat = predict(path(field, z[out], times), readout, weights, A, B)
-            like_out = cell_likelihood(yhat, counts[out], depth[out, None] * mean)
+            like_out = cell_likelihood(yhat, counts[out], depth[out], mean)
         history.append((epoch, like_out.mean().item()))
         if like_out.mean() > best[0]:
             best = (like_out.mean(), epoch, copy.deepcopy(field.state_dict()), weights, A, B, prior, like_out)
@@ -483,12 +605,14 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
     field.load_state_dict(state)
     field.settle()                                          # the power iteration lags behind a fast learning rate
     field.eval().requires_grad_(False)
-    like, a, b = grid_likelihood(path(field, z, times), readout, counts, depth, mean, kernel, (A * weights.T, B),
-                                 times=times)
+    states = path(field, z, times)
+    with torch.no_grad():
+        offset = depth / cell_size(predict(states, readout, weights, A, B), mean)[:, 0]
+    like, a, b = grid_likelihood(states, readout, counts, offset, mean, kernel, (A * weights.T, B), times=times)
     share, centre, sd = posterior(like, prior, prior_sd)
-    still, still_gene = still_likelihood(z, readout, counts, depth, mean, train, out, torch.arange(n_genes))
+    still, still_gene = still_likelihood(z, readout, counts, depth, offset, mean, train, out, torch.arange(n_genes))
     another = torch.randperm(n_genes, generator=rng)
-    _, foreign_gene = still_likelihood(z, readout, counts, depth, mean, train, out, another)
+    _, foreign_gene = still_likelihood(z, readout, counts, depth, offset, mean, train, out, another)
     level = gauge(centre, sd, prior_sd).item()
     return DelayFit(field, kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like, like_out, still,
                     still_gene - foreign_gene, (share * like).sum(1) - still_gene, level, epoch,
@@ -655,6 +779,7 @@ def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=25
     Shapes  z (N, 8), access (N, H), depth (N,) size factors, gene_emb (H, D) -> GeneReadout of H genes
     """
     new = copy.deepcopy(readout)
+    new.log_size = torch.zeros_like(readout.log_size)       # depth is relative to all that is open, as in Stage 1
     new.e = (gene_emb - readout.centre) @ readout.axes
     new.delta = nn.Parameter(torch.zeros_like(new.e))
     new.p, new.q = nn.Parameter(torch.full((len(new.e),), -math.log(2))), nn.Parameter(torch.zeros(len(new.e)))
@@ -669,11 +794,15 @@ def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=25
         for parameter, grad in zip(own, grads):
             parameter.grad = grad
         optimiser.step()
+    new.log_size = readout.log_size
     return new.requires_grad_(False)
 
 
 def new_gene_delays(field, kernel, readout, z, counts, depth, prior_mean, prior_sd=1.0):
-    """E-step alone for genes outside training: own log tau, its sd, A and B, (H,) each. v stays as it is."""
+    """E-step alone for genes outside training: own log tau, its sd, A and B, (H,) each. v stays as it is.
+
+    depth (N,): size factors over the cell_size that the trained genes give.
+    """
     like, a, b = grid_likelihood(path(field, z), readout, counts, depth, counts.mean(0).clamp_min(1e-6), kernel)
     share, centre, sd = posterior(like, prior_mean, prior_sd)
     return centre, sd, (share * a).sum(1), (share * b).sum(1)
@@ -704,6 +833,8 @@ def group_shift(anchor, delay, counts, labels, n_groups, prior_sd=0.5, times=TIM
     depth, mean = size_factors(counts)
     states = path(delay.field, anchor.z, times)
     hidden = anchor.readout.hidden(states)
+    own = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
+    depth = depth / cell_size(predict(states, anchor.readout, own, delay.A, delay.B), mean)[:, 0]
     weights = kernel_weights(LOG_TAU.exp(), times, delay.kernel)
     member = torch.nn.functional.one_hot(labels, n_groups).float()
     like = []

@@ -30,6 +30,7 @@ from anchored import (
     LATENT,
     TIMES,
     GeneReadout,
+    cell_size,
     head_predict,
     kernel_weights,
     new_gene_delays,
@@ -137,7 +138,7 @@ class AnchoredMember(nn.Module):
         super().__init__()
         self.align = AlignMLP(in_dim, LATENT, align_hidden)
         self.readout = GeneReadout(torch.zeros(n_genes, dim))
-        self.readout.landmarks = torch.zeros(n_landmarks, LATENT)
+        self.readout.landmarks, self.readout.log_size = torch.zeros(n_landmarks, LATENT), torch.zeros(n_landmarks)
         self.field = EffendiVectorField(dim, vf_hidden, rank=LATENT)
         for name in ("log_tau", "A", "B"):
             self.register_buffer(name, torch.zeros(n_genes))
@@ -172,7 +173,7 @@ class AnchoredEffendi(nn.Module):
 
         z_A   = Q AlignMLP(z_ATAC)                            8 dimensions, lifted orthonormally to D
         tau   = AnchoredTau(z_A)                              relative: mean log tau over genes is 0
-        y_hat = mean_members mu_g (A_g sum_s W_s(tau_g) D(z_s, g) + B_g)       counts in a cell of mean depth
+        y_hat = mean_members mu_g (A_g sum_s W_s(tau_g) D(z_s, g) + B_g) / T   counts in a cell of mean depth
 
     z_A and the flow shown are those of the first member; tau and y_hat are means over members.
     """
@@ -214,12 +215,13 @@ class AnchoredEffendi(nn.Module):
         return dict(z_A=z_A, tau=tau, tau_bar=tau_bar, z_integrated=z_integrated, y_hat=y_hat)
 
     def _expression(self, z, members, group):
-        """Mean over members of mu yhat; the cells of a group share their delays."""
+        """Mean over members of mu yhat / T; the cells of a group share their delays."""
         total = torch.zeros(len(group), len(self.mean), device=self.mean.device)
         for k in group.unique():
             cells, shift = group == k, self.tau_predictor.shift[:, k]
             for z_member, member in zip(z, members):
-                total[cells] += member.y_hat(z_member[cells], shift, self.kernel) / len(members)
+                yhat = member.y_hat(z_member[cells], shift, self.kernel)
+                total[cells] += yhat / cell_size(yhat, self.mean) / len(members)
         return total * self.mean
 
 
@@ -239,7 +241,9 @@ def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, 
         z = member.align(z_atac)
         readout = read_new_genes(member.readout, z, access, size["a"], new_emb, rng)
         level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
-        own, _, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, counts, size["r"], prior + level)
+        expressed = cell_size(member.y_hat(z, 0.0, model.kernel), model.mean)[:, 0]
+        own, _, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, counts, size["r"] / expressed,
+                                       prior + level)
         for name in ("e", "delta", "p", "q"):
             both = torch.cat([getattr(member.readout, name), getattr(readout, name)])
             setattr(wide.readout, name, both if name == "e" else nn.Parameter(both, requires_grad=False))

@@ -62,12 +62,19 @@ def block_transform(encoder):
     if encoder["encoder"] == "scgpt":
         scgpt, tokens = open_scgpt(encoder), np.asarray(encoder["tokens"])
         return lambda counts, names, depth: scgpt.encode(counts, tokens, names)
-    table = peak_table(encoder)
-    mean, axes = np.asarray(encoder["mean"]), np.asarray(encoder["axes"])
+    return _peak_transform(encoder)
+
+
+def _peak_transform(encoder):
+    """block_transform of HyenaDNA. Spelled out, since hyenadna_encoder would load transformers, not needed here."""
+    weights, common, mean, axes = (np.asarray(encoder[name]) for name in ("weights", "common", "mean", "axes"))
+    table = np.column_stack([(np.asarray(encoder["peak_embeddings"]) - common) * weights[:, None], weights])
 
     def from_peaks(counts, names, depth):
-        z = (peak_means((counts > 0) @ table) - mean) @ axes
-        return np.where(np.isnan(z), 0, z)              # no open peak: the mean cell
+        sums = (counts > 0) @ table                         # (b, D + 1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            z = (sums[:, :-1] / sums[:, -1:] - mean) @ axes
+        return np.where(np.isnan(z), 0, z)                  # no open peak: the mean cell
     return from_peaks
 
 
@@ -93,34 +100,5 @@ def fit_peak_means(blocks, peak_embeddings, names):
     """
     import hyenadna_encoder as hyenadna
 
-    names = list(names)
-    weights = hyenadna.inverse_frequency(blocks, len(names))
-    common = np.average(peak_embeddings.astype(np.float64), axis=0, weights=weights)
-    encoder = dict(encoder="hyenadna", peaks=names, peak_embeddings=peak_embeddings, weights=weights,
-                   common=common)
-    table = peak_table(encoder)
-    half = np.random.default_rng(config.SEED).random(len(table)) < 0.5
-    moments, total, n = np.zeros((2 * len(common) + 1,) * 2), np.zeros(len(common)), 0
-    for block in blocks():
-        is_open = sp.csc_matrix(block) > 0
-        sums = [is_open[:, side] @ table[side] for side in (half, ~half)]                   # (b, D + 1) each
-        one, two, both = (peak_means(s) for s in (*sums, sums[0] + sums[1]))
-        rows = np.column_stack([np.ones(len(one)), one, two])
-        rows = rows[np.isfinite(rows).all(axis=1)]
-        moments += rows.T @ rows
-        both = both[np.isfinite(both[:, 0])]
-        total, n = total + both.sum(axis=0), n + len(both)
-    return dict(encoder, mean=total / max(n, 1), axes=hyenadna.agreement_axes(moments))
-
-
-def peak_table(encoder):
-    """[weighted embedding without the common part, weight] of every peak, (P, D + 1) float64."""
-    weights = np.asarray(encoder["weights"])
-    centred = np.asarray(encoder["peak_embeddings"]) - np.asarray(encoder["common"])
-    return np.column_stack([centred * weights[:, None], weights])
-
-
-def peak_means(sums):
-    """Weighted means (b, D) from sums of rows of peak_table; nan where no peak is open."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return sums[:, :-1] / sums[:, -1:]
+    return dict(encoder="hyenadna", peaks=list(names), peak_embeddings=peak_embeddings,
+                **hyenadna.fit_peak_means(blocks, peak_embeddings))

@@ -596,8 +596,8 @@ def _open_2bit(path):
 def cell_embeddings(blocks, peak_embeddings, weighting="tfidf", centre=True, scale="agreement"):
     """Cell embeddings (N, D), float32: weighted mean of the embeddings of a cell's open peaks.
 
-    blocks      function without arguments that gives the csr blocks (n, P) of the cells in order (called twice for
-                "tfidf"). Any count above 0 is an open peak
+    blocks      function without arguments that gives the csr blocks (n, P) of the cells in order (called twice, and
+                once more for "tfidf"). Any count above 0 is an open peak
     weighting   "tfidf": a_cp = log(1 + N / n_p), n_p cells with peak p open (the term frequency divides out of a
                 mean); "none": 1
     centre      subtract the mean over cells ("agreement" always does)
@@ -605,36 +605,57 @@ def cell_embeddings(blocks, peak_embeddings, weighting="tfidf", centre=True, sca
                 axes on which two halves of a cell's peaks agree best, each scaled by how well (agreement_axes)
     A cell without open peaks gets the mean of the others (0 when centred) and is counted on the screen.
     """
-    for name, value, known in (("weighting", weighting, ("tfidf", "none")),
-                               ("scale", scale, ("agreement", "dimension", "none"))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}; known are {', '.join(known)}.")
+    if scale not in ("agreement", "dimension", "none"):
+        raise ValueError(f"scale={scale!r}; known are agreement, dimension, none.")
+    fit = fit_peak_means(blocks, peak_embeddings, weighting)
+    table, mean = peak_table(peak_embeddings, fit["weights"], fit["common"]), fit["mean"]
+    z = np.concatenate([peak_means((block > 0) @ table).astype(np.float32) for block in blocks()])
+    empty = np.isnan(z[:, 0])
+    if empty.any():
+        print(f"{empty.sum():,} of {len(z):,} cells have none of the {len(table):,} peaks open; "
+              "they get the mean cell")
+    z[empty] = mean
+    if scale == "agreement":
+        return ((z - mean) @ fit["axes"]).astype(np.float32)
+    sd = z.std(axis=0, dtype=np.float64) if scale == "dimension" else np.ones(len(mean))
+    return ((z - mean if centre else z + fit["common"]) / np.where(sd > 0, sd, 1)).astype(np.float32)
+
+
+def fit_peak_means(blocks, peak_embeddings, weighting="tfidf"):
+    """What makes cells of open peaks: {weights (P,), common (D,), mean (D,), axes (D, D)}, float64.
+
+        z = (sum_p a_cp (E_p - common) / sum_p a_cp - mean) axes        a_cp = weights_p if peak p is open in c, else 0
+    blocks and weighting as in cell_embeddings; one pass over the cells, and one before it for "tfidf".
+    """
+    if weighting not in ("tfidf", "none"):
+        raise ValueError(f"weighting={weighting!r}; known are tfidf, none.")
     weights = inverse_frequency(blocks, len(peak_embeddings)) if weighting == "tfidf" else np.ones(len(peak_embeddings))
     # All peaks embed almost alike: the common part is taken out before the sums, so rounding leaves the rest.
     common = np.average(peak_embeddings.astype(np.float64), axis=0, weights=weights)
-    table = np.column_stack([(peak_embeddings - common) * weights[:, None], weights])        # (P, D + 1)
+    table = peak_table(peak_embeddings, weights, common)
     half = np.random.default_rng(config.SEED).random(len(table)) < 0.5
-    parts, moments = [], np.zeros((2 * len(common) + 1,) * 2)
+    moments, total, n = np.zeros((2 * len(common) + 1,) * 2), np.zeros(len(common)), 0
     for block in blocks():
         is_open = sp.csc_matrix(block) > 0
         sums = [is_open[:, side] @ table[side] for side in (half, ~half)]                    # (n, D + 1) each
-        with np.errstate(invalid="ignore", divide="ignore"):
-            one, two, both = (s[:, :-1] / s[:, -1:] for s in (*sums, sums[0] + sums[1]))
-        parts.append(both.astype(np.float32))
+        one, two, both = (peak_means(s) for s in (*sums, sums[0] + sums[1]))
         rows = np.column_stack([np.ones(len(one)), one, two])
         rows = rows[np.isfinite(rows).all(axis=1)]
         moments += rows.T @ rows
-    z = np.concatenate(parts)
-    empty = np.isnan(z[:, 0])
-    if empty.any():
-        print(f"{empty.sum():,} of {len(z):,} cells have none of the {len(weights):,} peaks open; "
-              "they get the mean cell")
-    mean = z[~empty].mean(axis=0, dtype=np.float64) if not empty.all() else np.zeros(len(common))
-    z[empty] = mean
-    if scale == "agreement":
-        return ((z - mean) @ agreement_axes(moments)).astype(np.float32)
-    sd = z.std(axis=0, dtype=np.float64) if scale == "dimension" else np.ones(len(common))
-    return ((z - mean if centre else z + common) / np.where(sd > 0, sd, 1)).astype(np.float32)
+        both = both[np.isfinite(both[:, 0])]
+        total, n = total + both.sum(axis=0), n + len(both)
+    return dict(weights=weights, common=common, mean=total / max(n, 1), axes=agreement_axes(moments))
+
+
+def peak_table(peak_embeddings, weights, common):
+    """[weighted embedding without the common part, weight] of every peak, (P, D + 1) float64."""
+    return np.column_stack([(peak_embeddings - common) * weights[:, None], weights])
+
+
+def peak_means(sums):
+    """Weighted means (n, D) from sums (n, D + 1) of rows of peak_table; nan where no peak is open."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[:, :-1] / sums[:, -1:]
 
 
 def inverse_frequency(blocks, n_peaks):

@@ -174,7 +174,7 @@ def own_gain(data, rng):
         z = member.align(data["x"])
 
         def likelihood(genes, z=z, member=member):
-            return anchored.still_likelihood(z, member.readout, counts, depth, mean, everyone, everyone,
+            return anchored.still_likelihood(z, member.readout, counts, depth, depth, mean, everyone, everyone,
                                              genes)[1].numpy()
 
         own = likelihood(torch.arange(counts.shape[1]))
