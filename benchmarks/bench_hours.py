@@ -8,7 +8,7 @@
 One time course a seed, 3,000 cells x 400 genes, deep counts, first-order lags, 0.3 units of asynchrony. COURSES
 take turns, by seed: the cells of each lie elsewhere in the process, so each needs a fit of its own.
 
-Run     python benchmarks/bench_hours.py --seeds 200 201 202 203 204        SECONDS
+Run     python benchmarks/bench_hours.py --seeds 200 201 202 203 204        40 s a time course, one core
 Prints  a row per time course; mean and spread of log ratio, and the share of intervals that hold the truth
 """
 import argparse
@@ -28,7 +28,8 @@ import calibrate  # noqa: E402
 import simulate  # noqa: E402
 
 CELLS, GENES = 3000, 400
-COURSES = {0.5: (0, 1, 2, 3), 1.0: (0, 1, 3, 6), 2.0: (0, 1, 3, 6)}     # hours per unit: hours; the process has 6 units
+# Hours in one unit: hours of collection. The process has 6 units; these end at 6, 6 and 3 of them.
+COURSES = {0.5: (0, 1, 2, 3), 1.0: (0, 1, 3, 6), 2.0: (0, 1, 3, 6)}
 
 
 def estimate(result, hours, seed):

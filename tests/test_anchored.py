@@ -103,9 +103,85 @@ def test_the_head_never_sees_the_gene_it_predicts():
         assert means[0].item() * direct >= 0 and abs(means[0]) <= abs(direct) + 1e-6
 
 
+# --- states and sizes of cells ------------------------------------------------------------------------------------
+
+class Table(anchored.GeneReadout):
+    """A readout whose rates are given, (J, G): the state is the number of the row."""
+
+    def __init__(self, rates):
+        super().__init__(torch.eye(rates.shape[1]), latent=1)
+        self.rates = rates
+
+    def forward(self, z, genes=slice(None)):
+        return self.rates[z[:, 0].long()]
+
+
+def test_a_cell_is_placed_in_the_state_that_its_counts_came_from():
+    rates = torch.tensor([[2.0, 1.0, 0.2], [0.2, 1.0, 2.0], [1.0, 1.0, 1.0]])
+    counts = torch.poisson(20 * rates.repeat(100, 1), generator=generator())
+    nodes = torch.arange(3.0)[:, None]
+    P = anchored.state_posterior(Table(rates), nodes, counts, torch.full((300,), 20.0), torch.ones(3))
+    torch.testing.assert_close(P.sum(1), torch.ones(300))
+    assert P[torch.arange(300), torch.arange(3).repeat(100)].mean() > 0.99      # about 20 nats apart
+
+
+def test_the_size_of_a_state_undoes_that_shares_of_unchanged_genes_fall():
+    """150 of 400 genes open e-fold: shares of the other 250 fall by log(0.625 + 0.375 e) = 0.5 from first to last."""
+    opening = torch.cat([torch.ones(150), torch.zeros(250)])
+    true = torch.exp(torch.linspace(0, 1, 50)[:, None] * opening)
+    readout = Table(true / true.mean(1, keepdim=True))
+    readout.land(torch.arange(50.0)[:, None])
+    shares = readout.rates.log()[:, -1]
+    corrected = shares + readout.log_size
+    assert shares[0] - shares[-1] > 0.45 and (corrected[0] - corrected[-1]).abs() < 0.02
+
+
+def test_states_whose_genes_change_both_ways_by_chance_keep_one_size():
+    rates = torch.exp(0.5 * torch.randn(50, 60, generator=generator()))
+    readout = Table(rates)
+    readout.land(torch.arange(50.0)[:, None])
+    middle = (rates.log() - rates.log().mean(0)).median(1).values
+    assert readout.log_size.std() < 0.5 * middle.std()          # most of it is what 60 random genes do
+
+
+def test_the_likelihood_of_a_cell_does_not_depend_on_the_scale_of_its_prediction():
+    yhat, counts = torch.rand(5, 7, generator=generator()) + 0.1, torch.ones(5, 7)
+    depth, mean = torch.ones(5), torch.rand(7, generator=generator())
+    scaled = yhat * torch.arange(1.0, 6)[:, None]
+    torch.testing.assert_close(anchored.cell_likelihood(yhat, counts, depth, mean),
+                               anchored.cell_likelihood(scaled, counts, depth, mean))
+
+
+def test_reading_along_a_path_equals_the_plain_sum_and_so_does_its_gradient():
+    rng = generator()
+    readout = anchored.GeneReadout(torch.randn(9, 12, generator=rng)).double().requires_grad_(False)
+    readout.landmarks = torch.randn(6, anchored.LATENT, generator=rng).double()
+    readout.log_size = 0.3 * torch.randn(6, generator=rng).double()
+    states = torch.randn(3, 5, anchored.LATENT, generator=rng).double().requires_grad_(True)
+    weights = torch.rand(9, 3, generator=rng).double()
+    A, B = torch.rand(2, 9, generator=rng).double()
+    fused = anchored.predict(states, readout, weights, A, B)
+    plain = A * torch.einsum("gs,sng->ng", weights, readout(states)) + B
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), states)[0] for y in (fused, plain)))
+
+
+def test_the_state_that_align_gives_follows_the_process_closely():
+    """Own time of a cell against its 15 nearest cells' in the latent: sharpening must bring the two closer."""
+    x, access, counts, emb, _, time = population(with_time=True)
+    error = []
+    for sharpen in (anchored.sharpen, lambda *a, **k: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(anchored, "sharpen", sharpen)
+            z = anchored.fit_anchor(x, access, emb, generator()).z
+        near = torch.cdist(z, z).fill_diagonal_(torch.inf).topk(15, largest=False).indices
+        error.append((torch.tensor(time)[near].mean(1) - torch.tensor(time)).std())
+    assert error[0] < error[1]
+
+
 # --- both stages -----------------------------------------------------------------------------------------------------
 
-def population(cells=700, genes=60, seed=0, tau_known=True):
+def population(cells=700, genes=60, seed=0, with_time=False):
     """One process of length 6: switches at random times, first-order lags, Poisson counts."""
     rng = np.random.default_rng(seed)
     grid = np.linspace(0, 6, 601)
@@ -122,7 +198,7 @@ def population(cells=700, genes=60, seed=0, tau_known=True):
     u, s, vt = np.linalg.svd(scores, full_matrices=False)
     x = np.pad((u * s)[:, :20], ((0, 0), (0, 236))).astype(np.float32)
     emb = np.pad(vt[:20].T * s[:20], ((0, 0), (0, 492))).astype(np.float32)
-    return x, access, counts, emb, log_tau
+    return (x, access, counts, emb, log_tau) + ((grid[at],) if with_time else ())
 
 
 @pytest.fixture(scope="module")

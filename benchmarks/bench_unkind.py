@@ -1,0 +1,98 @@
+"""Where recovery breaks: planted delays under every unkind option of simulate.py, one at a time.
+
+    Spearman    of estimated and planted log tau, over genes whose accessibility changes and drives expression
+    rmse        of log tau after the gauge
+    gate        open or closed; identifiable: share of genes marked so, and of the unlinked ones where there are any
+    modulation  Spearman, over genes and lineages, of planted and estimated difference of log tau between lineages (the
+                mean over a lineage's cells after the branch), and its standard deviation: planted, estimated; r the
+                reliability that anchored.modulation found
+
+Deep counts, first-order lags, 3 lineages, 3,000 cells, 400 genes unless the row says otherwise; planted kernel given,
+one member; halves as in the pipeline.
+
+Run     python benchmarks/bench_unkind.py --seeds 400            about 40 CPU seconds a row
+        python benchmarks/bench_unkind.py --rows kind,programs,modulation --seeds 400 401
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import known_truth  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from scipy.stats import spearmanr  # noqa: E402
+
+import anchored  # noqa: E402
+import config  # noqa: E402
+
+ROWS = {
+    "kind": {},
+    "programs": dict(programs=3),
+    "late": dict(late=0.3),
+    "repressive": dict(repressive=0.3),
+    "unlinked": dict(unlinked=0.3),
+    "burn-in": dict(burn_in=0.7),
+    "batches": dict(batch_effect=0.3),
+    "ambient": dict(ambient=0.2),
+    "doublets": dict(doublets=0.1),
+    "noise": dict(noise=0.5),
+    "uneven": dict(uneven=1.0),
+    "lineages": dict(lineages=10),
+    "sparse": dict(genes=2000, peaks=20_000, atac_total=2000, rna_total=1500),
+    "modulation": dict(lineage_delay=0.6),
+}
+
+
+def lineage_means(shift, labels, cells):
+    """Mean over the cells of each lineage after the branch of shift (G, K) at their group: (G, L), centred."""
+    lineage, branched = cells.lineage.to_numpy(), ~cells.trunk.to_numpy(bool)
+    per_cell = shift[:, labels]                                                 # (G, N)
+    means = np.stack([per_cell[:, branched & (lineage == k)].mean(1) for k in range(lineage.max() + 1)], 1)
+    return means - means.mean(1, keepdims=True)
+
+
+def run(seed, options):
+    data, sim = known_truth.make("main", "deep", "exp", seed, **options)
+    x, access, counts, emb = known_truth.tensors(data)
+    result = anchored.fit(x, access, counts, emb, anchored.generator(seed, "fit"), "exp", members=1)
+    halves = anchored.split_half(x, access, counts, emb, anchored.generator(seed, "halves"), "exp")
+    gate = anchored.gate(result, halves)
+    ok, used = anchored.identifiable(result, access, counts, halves)[0].numpy(), data.used
+    found, planted = result.log_tau.numpy(), np.log(data.truth.tau.to_numpy())
+    gap = (found - planted)[used]
+    row = dict(spearman=spearmanr(found[used], planted[used])[0], rmse=(gap - gap.mean()).std(),
+               slope=np.polyfit(planted[used], found[used], 1)[0], gate="open" if gate.open else "closed",
+               split_half=gate.split_half, identifiable=ok[used].mean())
+    unlinked = ~data.truth.has_link.to_numpy()
+    if unlinked.any():
+        row["identifiable_unlinked"] = ok[unlinked].mean()
+    if data.options.lineages > 1 and len(used) <= 500:
+        groups = anchored.cell_groups(result.anchors[0].z, config.CELL_GROUPS, anchored.generator(seed, "groups"))
+        shift, r = anchored.modulation(halves, counts, groups)
+        estimated = lineage_means(shift.numpy(), groups.numpy(), data.cells)[used]
+        row["mod_sd"], row["r"] = estimated.std(), r
+        if sim.population.tau_lineage is not None:
+            kept = sim.rna.var_names.get_indexer(data.truth.index)
+            true = np.log(sim.population.tau_lineage[:, kept]).T
+            true = (true - true.mean(1, keepdims=True))[used]
+            row["mod_planted_sd"], row["mod_spearman"] = true.std(), spearmanr(true.ravel(), estimated.ravel())[0]
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[400])
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS), help=", ".join(ROWS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.rows:
+        for seed in args.seeds:
+            row = run(seed, ROWS[name])
+            print(f"{name:<11}{seed:>5}  " + "  ".join(f"{k} {v if isinstance(v, str) else format(v, '.2f')}"
+                                                       for k, v in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
