@@ -339,8 +339,8 @@ def path(field, z, times=TIMES):
 
 @torch.no_grad()
 def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, block=64, times=TIMES,
-                    chromatin=None):
-    """Log-likelihood of every gene on the grid of log tau, A and B fitted at each point.
+                    chromatin=None, grid=LOG_TAU):
+    """Log-likelihood of every gene on a grid of log tau, A and B fitted at each point.
 
         yhat = A sum_s W_s(tau) D(z_s, g) + B      A, B by least squares weighted with 1 / variance
         L_g(u) = sum_c y log yhat - mu s yhat
@@ -348,7 +348,7 @@ def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, blo
 
     Shapes  states (T+1, N, 8), counts (N, G), offset (N,), mean (G,) -> L, A, B (G, U)
     """
-    weights = kernel_weights(LOG_TAU.exp(), times, kernel).to(states)           # (U, T+1)
+    weights = kernel_weights(grid.exp(), times, kernel).to(states)              # (U, T+1)
     hidden = readout.hidden(states)
     like, a, b = [], [], []
     for start in range(0, counts.shape[1], block):
@@ -753,13 +753,43 @@ def bootstrap_replicate(seed, data, settings=None):
     return fit(**cells, gene_emb=data["gene_emb"], rng=rng, **settings).log_tau
 
 
-def identifiable(result, access, counts, halves=None, least_counts=100, least_change=0.15, least_gain=2.0):
-    """Per gene (G,) whether the data can tell its delay, and the reason ("" where they can)."""
+@torch.no_grad()
+def chromatin_lead(anchor, delay, counts, rng, others=9, prior_sd=1.0, times=TIMES):
+    """Nats by which a gene's own chromatin, moved by the flow, beats the best of some other genes' (G,).
+
+        log sum_u exp(L_g(u) - u^2 / 2) of its own readout, less the largest of the same with another's
+    A gene that follows other chromatin than its own leads one time in others + 1, and its delay means nothing.
+    """
+    depth, mean = size_factors(counts)
+    states, grid = path(delay.field, anchor.z, times), LOG_TAU[::4]
+    weights = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
+    offset = depth / cell_size(predict(states, anchor.readout, weights, delay.A, delay.B), mean)[:, 0]
+
+    def evidence(genes):
+        like = grid_likelihood(states, anchor.readout, counts, offset, mean, delay.kernel, times=times,
+                               chromatin=genes, grid=grid)[0]
+        return torch.logsumexp(like - (grid / prior_sd).square() / 2, 1)
+    n = len(mean)
+    best = torch.full((n,), -torch.inf)
+    for _ in range(others):
+        another = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=rng)) % n      # never its own
+        best = torch.maximum(best, evidence(another))
+    return evidence(torch.arange(n)) - best
+
+
+def identifiable(result, access, counts, halves=None, least_counts=100, least_change=0.15, least_gain=2.0, seed=0):
+    """Per gene (G,) whether the data can tell its delay, and the reason ("" where they can).
+
+    seed draws the other genes whose chromatin must do worse than a gene's own.
+    """
     access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (access, counts))
     change = torch.stack([a.readout(a.z).std(0) / a.readout(a.z).mean(0) for a in result.anchors]).mean(0)
     few = torch.minimum(access.sum(0), counts.sum(0)) < least_counts
     tests = [("too few counts", few), ("flat accessibility", change < least_change),
              ("likelihood flat in tau", ~informed(result.sd)), ("v = 0 as good", result.gene_gain < least_gain)]
+    lead = torch.stack([chromatin_lead(a, d, counts, generator(seed, "other genes", m))
+                        for m, (a, d) in enumerate(zip(result.anchors, result.delays))]).mean(0)
+    tests.append(("another gene's chromatin as good", lead <= 0))
     if halves is not None:
         first, second = halves.fits
         gap, spread = (first.log_tau - second.log_tau).abs(), (first.sd.square() + second.sd.square()).sqrt()

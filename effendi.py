@@ -217,11 +217,12 @@ class AnchoredEffendi(nn.Module):
     def _expression(self, z, members, group):
         """Mean over members of mu yhat / T; the cells of a group share their delays."""
         total = torch.zeros(len(group), len(self.mean), device=self.mean.device)
+        known = self.args["n_genes"]                        # genes added later leave the size of a cell as it was
         for k in group.unique():
             cells, shift = group == k, self.tau_predictor.shift[:, k]
             for z_member, member in zip(z, members):
                 yhat = member.y_hat(z_member[cells], shift, self.kernel)
-                total[cells] += yhat / cell_size(yhat, self.mean) / len(members)
+                total[cells] += yhat / cell_size(yhat[:, :known], self.mean[:known]) / len(members)
         return total * self.mean
 
 
@@ -241,7 +242,8 @@ def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, 
         z = member.align(z_atac)
         readout = read_new_genes(member.readout, z, access, size["a"], new_emb, rng)
         level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
-        expressed = cell_size(member.y_hat(z, 0.0, model.kernel), model.mean)[:, 0]
+        known = model.args["n_genes"]
+        expressed = cell_size(member.y_hat(z, 0.0, model.kernel)[:, :known], model.mean[:known])[:, 0]
         own, _, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, counts, size["r"] / expressed,
                                        prior + level)
         for name in ("e", "delta", "p", "q"):
