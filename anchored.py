@@ -3,7 +3,8 @@
     z         AlignMLP(x)                                                   (N, 8)
     D(z, g)   T(z) 4 exp(g.e_g + p_g) sigmoid(kappa P(R z).(e_g + delta_g) + b.e_g + q_g)
     Stage 1   access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g) / T)   ATAC alone, never paired
-    Stage 2   counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])              D frozen; v and tau learned
+    Stage 2   counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])              D frozen; v and tau learned; as Poisson
+                                       with exposures s_c / S_c from the last E-step, S_c = sum_g mu_g yhat / sum_g mu_g
     yhat      A_g sum_s W_s(tau_g) D(z_s, g) + B_g,   dz/dt = v(z), z_0 = z, Lip(v) <= 1
 
 Expression of gene g is what the frozen readout of its own accessibility gives once the state has moved for
@@ -150,19 +151,21 @@ class GeneReadout(nn.Module):
         """Take the cells z (J, 8) as landmarks, and from them the size of every state: all that is open in it.
 
             log T_j = r (mean_j m_j - m_j),    m_j = median_g (log D(z_j, g) - mean_j log D(z_j, g))
-            r = 1 - E[se_j^2] / var_j m_j,     se_j^2 = (pi / 2) (1.48 MAD_g)^2 / G
+            r = 1 - E[se_j^2] / var_j m_j,     se_j^2 = (pi / 2) (1.48 MAD_g)^2 / G;     0 below 30 genes
         Counts of a cell say what share of all fragments a gene has. Where more genes open than close, shares
         of unchanged genes fall, and a gene seems to close; that the middle gene does not change gives the scale.
-        r is the part of m's variance that the luck of which genes were drawn does not explain.
+        r is the part of m's variance that the luck of which genes were drawn does not explain. Where hardly a gene
+        keeps its level there is no such middle gene, and T does harm (LOG.md).
         """
         self.landmarks = torch.empty(0, z.shape[1])
-        relative = self(z).log()
+        relative = self(z).clamp_min(1e-30).log()
         relative = relative - relative.mean(0)
         middle = relative.median(1).values
         deviation = 1.48 * (relative - middle[:, None]).abs().median(1).values
         noise = math.pi / 2 * deviation.square().mean() / relative.shape[1]
         r = (1 - noise / middle.var().clamp_min(1e-12)).clamp_min(0)
-        self.landmarks, self.log_size = z.clone(), r * (middle.mean() - middle)
+        enough = relative.shape[1] >= 30 and len(z) > 1
+        self.landmarks, self.log_size = z.clone(), r * (middle.mean() - middle) if enough else torch.zeros(len(z))
 
     def penalty(self):
         p = self.p + math.log(2)
@@ -272,8 +275,11 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
 def sharpen(align, readout, x, access, depth, mean, train, rng, steps=150, lr=1e-2, align_steps=400, batch=512):
     """One round of expectation-maximisation over the states of cells; align and readout are changed in place.
 
-        E   P[c, j] ~ prod_g Poisson(access[c, g]; mu_g s_c D(z_j, g))          z_j of reference cells
-        M   readout: sum_cj P[c, j] log Poisson(...); then E once more, and AlignMLP: |AlignMLP(x_c) - P z|^2
+        E   P[c, j] ~ prod_g Poisson(access[c, g]; mu_g s_c D(z_j, g))          z_j of reference cells, themselves
+                                                                                moved to their posterior mean first
+        M   readout: sum_cj P[c, j] log Poisson(...), latent noise NOISE / 3; then E once more, and AlignMLP:
+            |AlignMLP(x_c) - P z|^2
+    Genes count as independent; those that share a peak are not, so that P is somewhat too sure.
     Ref     Bishop, Svensen & Williams 1998, GTM: the generative topographic mapping
     """
     align.eval()
@@ -289,8 +295,8 @@ def sharpen(align, readout, x, access, depth, mean, train, rng, steps=150, lr=1e
     opt = torch.optim.Adam(params, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.1)
     for _ in range(steps):
-        m = exposure[:, None] * mean * readout(nodes + NOISE / 3 * torch.randn(nodes.shape, generator=rng))
-        loss = (m - expected * m.log()).sum() / (len(train) * len(mean)) + readout.penalty()
+        D = readout(nodes + NOISE / 3 * torch.randn(nodes.shape, generator=rng)).clamp_min(1e-30)
+        loss = (exposure[:, None] * mean * D - expected * D.log()).sum() / (len(train) * len(mean)) + readout.penalty()
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -312,7 +318,7 @@ def sharpen(align, readout, x, access, depth, mean, train, rng, steps=150, lr=1e
 
 def state_posterior(readout, nodes, access, depth, mean):
     """P[c, j], the probability that cell c is in state nodes[j], all states equally likely before: (N, J)."""
-    rate = mean * readout(nodes)                                                # (J, G)
+    rate = mean * readout(nodes).clamp_min(1e-30)                               # (J, G); one zero would be all nan
     return torch.softmax(access @ rate.log().T - depth[:, None] * rate.sum(1), 1)
 
 
@@ -458,9 +464,9 @@ def head_predict(gene_emb, log_tau, sd, new_emb, prior_sd=1.0, ridge=10.0):
 
 
 def predict(states, readout, weights, A, B, genes=slice(None)):
-    """yhat (N, G) = A sum_s W_s D(z_s) + B, for states (T+1, N, 8) and weights (G, T+1). Readout is taken as fixed."""
+    """yhat (N, G) = A sum_s W_s D(z_s) + B, for states (T+1, N, 8) and weights (G, T+1). Gradient: of states only."""
     level, slope, bias = (part.detach() for part in readout.linear(genes))
-    return _ReadPath.apply(readout.hidden(states), weights.T * (A * level), slope, bias, B)
+    return _ReadPath.apply(readout.hidden(states), (weights.T * (A * level)).detach(), slope, bias, B.detach())
 
 
 class _ReadPath(torch.autograd.Function):
@@ -474,13 +480,15 @@ class _ReadPath(torch.autograd.Function):
         size = hidden[..., -1:].exp()
         total, opened = B.repeat(hidden.shape[1], 1), []
         for h, t, c in zip(hidden, size, C):
-            opened.append(torch.addmm(bias, h[:, :-1], slope.T).sigmoid_())
-            total.addcmul_(opened[-1] * c, t)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(size, C, slope, *opened)
+            o = torch.addmm(bias, h[:, :-1], slope.T).sigmoid_()
+            total.addcmul_(o * c, t)
+            if ctx.needs_input_grad[0]:
+                opened.append(o)
+        ctx.save_for_backward(size, C, slope, *opened)
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         size, C, slope, *opened = ctx.saved_tensors
         out = grad.new_empty(*size.shape[:2], slope.shape[1] + 1)
@@ -492,12 +500,20 @@ class _ReadPath(torch.autograd.Function):
 
 
 def cell_size(yhat, mean):
-    """What a cell expresses in all, relative to the mean gene, (N, 1): its counts are n_c shares of this."""
+    """S: what a cell expresses in all, relative to the mean gene, (N, 1): its counts are n_c shares of this."""
     return (yhat @ mean / mean.sum())[:, None]
 
 
+@torch.no_grad()
+def exposures(states, readout, weights, A, B, depth, mean, genes=slice(None), block=4096):
+    """s_c / S_c (N,), the exposure of a cell's genes under a fit; in blocks of cells, since only (N,) is kept."""
+    size = [cell_size(predict(states[:, rows], readout, weights, A, B, genes), mean)
+            for rows in torch.arange(len(depth)).split(block)]
+    return depth / torch.cat(size)[:, 0]
+
+
 def cell_likelihood(yhat, counts, depth, mean):
-    """(N,) sum over genes of y log m - m, m = mu s yhat / T: the multinomial likelihood of the cell's counts."""
+    """(N,) sum over genes of y log m - m, m = mu s yhat / S: the multinomial likelihood of the cell's counts."""
     m = depth[:, None] * mean * yhat / cell_size(yhat, mean)
     return (counts * m.log() - m).sum(1)
 
@@ -513,10 +529,13 @@ def still_likelihood(z, readout, counts, depth, offset, mean, train, out, genes)
         like, a, b = grid_likelihood(z[None, rows], readout, counts[rows], offset[rows], mean, "exp", times=(0.0,),
                                      chromatin=genes)
         return like[:, 0], a[:, 0], b[:, 0]
-    _, a, b = fit_static(train)
-    own = torch.ones(len(a), 1)
+    own, everyone, common = torch.ones(len(genes), 1), torch.arange(len(z)), offset
+    for _ in range(2):                                      # held-out cells are predicted with exposures of its own
+        _, a, b = fit_static(train)
+        offset = exposures(z[None], readout, own, a, b, depth, mean, genes)
     yhat = predict(z[None, out], readout, own, a, b, genes)
-    return cell_likelihood(yhat, counts[out], depth[out], mean), fit_static(torch.arange(len(z)))[0]
+    offset = common
+    return cell_likelihood(yhat, counts[out], depth[out], mean), fit_static(everyone)[0]
 
 
 def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2, kinetic=0.012,
@@ -583,7 +602,7 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
         with torch.no_grad():
             if (epoch - warm) % every == 0:
                 states = path(field, z, times)
-                offset = depth / cell_size(predict(states, readout, weights, A, B), mean)[:, 0]
+                offset = exposures(states, readout, weights, A, B, depth, mean)
                 like, a, b = grid_likelihood(states[:, train], readout, counts[train], offset[train], mean, kernel,
                                              (A * weights.T, B), times=times)
                 share, centre, sd = posterior(like, prior, prior_sd)
@@ -606,8 +625,7 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
     field.settle()                                          # the power iteration lags behind a fast learning rate
     field.eval().requires_grad_(False)
     states = path(field, z, times)
-    with torch.no_grad():
-        offset = depth / cell_size(predict(states, readout, weights, A, B), mean)[:, 0]
+    offset = exposures(states, readout, weights, A, B, depth, mean)
     like, a, b = grid_likelihood(states, readout, counts, offset, mean, kernel, (A * weights.T, B), times=times)
     share, centre, sd = posterior(like, prior, prior_sd)
     still, still_gene = still_likelihood(z, readout, counts, depth, offset, mean, train, out, torch.arange(n_genes))
@@ -763,7 +781,7 @@ def chromatin_lead(anchor, delay, counts, rng, others=9, prior_sd=1.0, times=TIM
     depth, mean = size_factors(counts)
     states, grid = path(delay.field, anchor.z, times), LOG_TAU[::4]
     weights = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
-    offset = depth / cell_size(predict(states, anchor.readout, weights, delay.A, delay.B), mean)[:, 0]
+    offset = exposures(states, anchor.readout, weights, delay.A, delay.B, depth, mean)
 
     def evidence(genes):
         like = grid_likelihood(states, anchor.readout, counts, offset, mean, delay.kernel, times=times,
@@ -864,7 +882,7 @@ def group_shift(anchor, delay, counts, labels, n_groups, prior_sd=0.5, times=TIM
     states = path(delay.field, anchor.z, times)
     hidden = anchor.readout.hidden(states)
     own = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
-    depth = depth / cell_size(predict(states, anchor.readout, own, delay.A, delay.B), mean)[:, 0]
+    depth = exposures(states, anchor.readout, own, delay.A, delay.B, depth, mean)
     weights = kernel_weights(LOG_TAU.exp(), times, delay.kernel)
     member = torch.nn.functional.one_hot(labels, n_groups).float()
     like = []

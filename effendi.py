@@ -232,6 +232,7 @@ def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, 
     A new gene's readout comes from its own accessibility, its delay from its own expression by one E-step, with
     what the embeddings of the trained genes say as prior.
 
+    Depths are counts over the trained genes, as in training: the size of a cell is relative to these.
     Shapes  z_atac (N, 256), access and counts (N, H), depths (N,), gene_emb (G, D), new_emb (H, D)
     """
     size = {"a": access_depth / access_depth.mean(), "r": rna_depth / rna_depth.mean()}
@@ -243,7 +244,8 @@ def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, 
         readout = read_new_genes(member.readout, z, access, size["a"], new_emb, rng)
         level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
         known = model.args["n_genes"]
-        expressed = cell_size(member.y_hat(z, 0.0, model.kernel)[:, :known], model.mean[:known])[:, 0]
+        with torch.no_grad():
+            expressed = cell_size(member.y_hat(z, 0.0, model.kernel)[:, :known], model.mean[:known])[:, 0]
         own, _, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, counts, size["r"] / expressed,
                                        prior + level)
         for name in ("e", "delta", "p", "q"):

@@ -192,8 +192,10 @@ def results(model, data, extra, device):
         new_emb, extra = embed_genes(data, extra)
         new_emb = torch.from_numpy(new_emb.astype(np.float32))
         if saved["objective"] == "anchored":
-            access, depth = data.accessibility(extra).toarray(), data.atac_depth
-            cells = (data.z_atac, access, depth, data.counts(extra).toarray(), data.depth)
+            known = [g for g in saved["genes"] if g in data.rna.features.index]
+            size = [np.asarray(part.sum(1)).ravel().clip(1) for part in (data.accessibility(known), data.counts(known))]
+            access, counts = data.accessibility(extra).toarray(), data.counts(extra).toarray()
+            cells = (data.z_atac, access, size[0], counts, size[1])
             cells = [torch.as_tensor(array, dtype=torch.float32) for array in cells]
             model = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
         gene_emb = torch.cat([gene_emb, new_emb])

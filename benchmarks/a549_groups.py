@@ -191,8 +191,9 @@ def own_gain(data, rng):
 
 @dataclass
 class Flow:
-    """A member's fit along some cells: path (S, N, 8), readout, kernel and own log ODE time at tau = 1."""
+    """A member's fit along some cells: path (S, N, 8), exposures (N,), readout, kernel, log ODE time at tau = 1."""
     path: torch.Tensor
+    exposure: torch.Tensor
     readout: anchored.GeneReadout
     kernel: str
     level: float
@@ -201,19 +202,25 @@ class Flow:
 @torch.no_grad()
 def stored_flows(data, order=slice(None)):
     """The run's members along its cells; with order, along the chromatin of other cells."""
-    model = data["model"]
-    return [Flow(anchored.path(m.field.net, m.align(data["x"][order])), m.readout, model.kernel,
-                 float((m.log_tau - model.tau_predictor.log_tau).mean())) for m in model.members]
+    model, flows = data["model"], []
+    depth, mean = anchored.size_factors(torch.from_numpy(data["counts"]))
+    for m in model.members:
+        states = anchored.path(m.field.net, m.align(data["x"][order]))
+        weights = anchored.kernel_weights(m.log_tau.exp(), anchored.TIMES, model.kernel)
+        exposure = anchored.exposures(states, m.readout, weights, m.A, m.B, depth, mean)
+        flows.append(Flow(states, exposure, m.readout, model.kernel,
+                          float((m.log_tau - model.tau_predictor.log_tau).mean())))
+    return flows
 
 
 @torch.no_grad()
 def group_tau(flows, counts, groups, rng):
     """Relative tau of each group from the sum of its genes' log-likelihoods, genes resampled: {group: (draws,)}."""
-    depth, mean = anchored.size_factors(counts)
+    mean = anchored.size_factors(counts)[1]
     found = {name: 0 for name in groups}
     picks = {name: rng.choice(np.flatnonzero(group), (DRAWS, group.sum())) for name, group in groups.items()}
     for flow in flows:
-        like = anchored.grid_likelihood(flow.path, flow.readout, counts, depth, mean, flow.kernel)[0].double()
+        like = anchored.grid_likelihood(flow.path, flow.readout, counts, flow.exposure, mean, flow.kernel)[0].double()
         for name, pick in picks.items():
             share = torch.softmax(like[pick].sum(1), 1)                                         # (draws, U)
             found[name] = found[name] + (share @ anchored.LOG_TAU.double() - flow.level).numpy() / len(flows)
