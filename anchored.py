@@ -211,6 +211,14 @@ def generator(seed, what, index=0):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
+def descend(loss, optimiser, schedule):
+    """One step down the gradient of a loss."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+    schedule.step()
+
+
 def split_cells(n, share, rng):
     """Shuffled cell indices: (kept, held out)."""
     order = torch.randperm(n, generator=rng)
@@ -243,10 +251,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         z = align(xs[rows])
         z = z + NOISE * torch.randn(z.shape, generator=rng)
         loss = poisson_nll(depth[rows, None] * mean * readout(z), access[rows]) + readout.penalty()
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-        schedule.step()
+        descend(loss, opt, schedule)
         if step % check == 0 or step == steps:
             align.eval()
             with torch.no_grad():
@@ -297,10 +302,7 @@ def sharpen(align, readout, x, access, depth, mean, train, rng, steps=150, lr=1e
     for _ in range(steps):
         D = readout(nodes + NOISE / 3 * torch.randn(nodes.shape, generator=rng)).clamp_min(1e-30)
         loss = (exposure[:, None] * mean * D - expected * D.log()).sum() / (len(train) * len(mean)) + readout.penalty()
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-        schedule.step()
+        descend(loss, opt, schedule)
     with torch.no_grad():
         z = torch.cat([state_posterior(readout, nodes, access[part], depth[part], mean) @ nodes
                        for part in torch.arange(len(x)).split(4096)])
@@ -310,10 +312,7 @@ def sharpen(align, readout, x, access, depth, mean, train, rng, steps=150, lr=1e
     for _ in range(align_steps):
         rows = torch.randint(len(x), (batch,), generator=rng)
         loss = (align(x[rows]) - z[rows]).square().mean()
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-        schedule.step()
+        descend(loss, opt, schedule)
 
 
 def state_posterior(readout, nodes, access, depth, mean):
@@ -512,6 +511,15 @@ def exposures(states, readout, weights, A, B, depth, mean, genes=slice(None), bl
     return depth / torch.cat(size)[:, 0]
 
 
+@torch.no_grad()
+def moved(anchor, delay, counts, times=TIMES):
+    """Path (T+1, N, 8) and exposures (N,) of an anchor's cells under a fit, and the genes' mean counts (G,)."""
+    depth, mean = size_factors(counts)
+    states = path(delay.field, anchor.z, times)
+    weights = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
+    return states, exposures(states, anchor.readout, weights, delay.A, delay.B, depth, mean), mean
+
+
 def cell_likelihood(yhat, counts, depth, mean):
     """(N,) sum over genes of y log m - m, m = mu s yhat / S: the multinomial likelihood of the cell's counts."""
     m = depth[:, None] * mean * yhat / cell_size(yhat, mean)
@@ -590,10 +598,7 @@ def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, eve
             yhat = predict(states, readout, weights, A, B)
             m = offset[rows, None] * mean * yhat
             loss = poisson_nll(m, counts[rows]) + kinetic * speed_sq
-            opt.zero_grad(set_to_none=True)
-            loss.backward()
-            opt.step()
-            schedule.step()
+            descend(loss, opt, schedule)
         if progress is not None:
             progress(1)
         if epoch < warm:
@@ -778,10 +783,8 @@ def chromatin_lead(anchor, delay, counts, rng, others=9, prior_sd=1.0, times=TIM
         log sum_u exp(L_g(u) - u^2 / 2) of its own readout, less the largest of the same with another's
     A gene that follows other chromatin than its own leads one time in others + 1, and its delay means nothing.
     """
-    depth, mean = size_factors(counts)
-    states, grid = path(delay.field, anchor.z, times), LOG_TAU[::4]
-    weights = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
-    offset = exposures(states, anchor.readout, weights, delay.A, delay.B, depth, mean)
+    states, offset, mean = moved(anchor, delay, counts, times)
+    grid = LOG_TAU[::4]
 
     def evidence(genes):
         like = grid_likelihood(states, anchor.readout, counts, offset, mean, delay.kernel, times=times,
@@ -878,11 +881,8 @@ def group_shift(anchor, delay, counts, labels, n_groups, prior_sd=0.5, times=TIM
     The mean over genes is the flow's pace in that group, not a property of any gene.
     """
     counts = torch.as_tensor(counts, dtype=torch.float32)
-    depth, mean = size_factors(counts)
-    states = path(delay.field, anchor.z, times)
+    states, offset, mean = moved(anchor, delay, counts, times)
     hidden = anchor.readout.hidden(states)
-    own = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
-    depth = exposures(states, anchor.readout, own, delay.A, delay.B, depth, mean)
     weights = kernel_weights(LOG_TAU.exp(), times, delay.kernel)
     member = torch.nn.functional.one_hot(labels, n_groups).float()
     like = []
@@ -891,7 +891,7 @@ def group_shift(anchor, delay, counts, labels, n_groups, prior_sd=0.5, times=TIM
         level, shape = anchor.readout.parts(hidden, genes)
         f = (weights @ (level * shape).flatten(1)).view(len(weights), *shape.shape[1:])             # (U, N, g)
         f.mul_(delay.A[genes]).add_(delay.B[genes])
-        score = f.log().mul_(counts[:, genes]).sub_(f.mul_(depth[:, None] * mean[genes]))
+        score = f.log().mul_(counts[:, genes]).sub_(f.mul_(offset[:, None] * mean[genes]))
         like.append(torch.einsum("ung,nk->gku", score, member))
     like = torch.cat(like)                                                      # (G, K, U)
     # The gauge shifted log_tau; the grid is in the field's own time.

@@ -173,7 +173,7 @@ class AnchoredEffendi(nn.Module):
 
         z_A   = Q AlignMLP(z_ATAC)                            8 dimensions, lifted orthonormally to D
         tau   = AnchoredTau(z_A)                              relative: mean log tau over genes is 0
-        y_hat = mean_members mu_g (A_g sum_s W_s(tau_g) D(z_s, g) + B_g) / T   counts in a cell of mean depth
+        y_hat = mean_members mu_g (A_g sum_s W_s(tau_g) D(z_s, g) + B_g) / S   counts in a cell of mean depth
 
     z_A and the flow shown are those of the first member; tau and y_hat are means over members.
     """
@@ -215,7 +215,7 @@ class AnchoredEffendi(nn.Module):
         return dict(z_A=z_A, tau=tau, tau_bar=tau_bar, z_integrated=z_integrated, y_hat=y_hat)
 
     def _expression(self, z, members, group):
-        """Mean over members of mu yhat / T; the cells of a group share their delays."""
+        """Mean over members of mu yhat / S; the cells of a group share their delays."""
         total = torch.zeros(len(group), len(self.mean), device=self.mean.device)
         known = self.args["n_genes"]                        # genes added later leave the size of a cell as it was
         for k in group.unique():
@@ -237,13 +237,12 @@ def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, 
     """
     size = {"a": access_depth / access_depth.mean(), "r": rna_depth / rna_depth.mean()}
     prior = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
-    wider = copy.deepcopy(model)
+    wider, known = copy.deepcopy(model), model.args["n_genes"]
     log_taus = []
     for member, wide in zip(model.members, wider.members):
         z = member.align(z_atac)
         readout = read_new_genes(member.readout, z, access, size["a"], new_emb, rng)
         level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
-        known = model.args["n_genes"]
         with torch.no_grad():
             expressed = cell_size(member.y_hat(z, 0.0, model.kernel)[:, :known], model.mean[:known])[:, 0]
         own, _, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, counts, size["r"] / expressed,

@@ -92,6 +92,16 @@ def lock_folder():
     return lock
 
 
+def train():
+    """Stages 0 to 2 on the files that the settings name; finished stages are left as they are."""
+    precompute_embeddings.check_inputs()
+    precompute_embeddings.rna()
+    precompute_embeddings.atac()
+    precompute_embeddings.genes()
+    train_vf.run()
+    train_delay.run()
+
+
 def main(argv=None):
     config.from_args(__doc__, argv, ARGUMENTS)
     check_files()
@@ -100,12 +110,7 @@ def main(argv=None):
     if not (config.RNA_FILE or config.MULTIOME_FILE):
         print("no data given: simulating a multiome data set with known delays")
         simulate_input()
-    precompute_embeddings.check_inputs()
-    precompute_embeddings.rna()
-    precompute_embeddings.atac()
-    precompute_embeddings.genes()
-    train_vf.run()
-    train_delay.run()
+    train()
     validate.run()
     report.run()
     lock.close()

@@ -37,6 +37,7 @@ import calibrate  # noqa: E402
 import config  # noqa: E402
 import inference  # noqa: E402
 import report  # noqa: E402
+import run  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CELLS, BULK = DATA / "a549_multiome", DATA / "a549_dex_timecourse" / "expression_significant_genes.tsv"
@@ -54,17 +55,9 @@ def fit_run():
     """Effendi on the cells, unless the folder has a finished run; posterior alone, since groups need no bootstrap."""
     if artifacts.path("gene_tau_estimates.csv.json").exists():
         return
-    import precompute_embeddings
-    import train_delay
-    import train_vf
     config.RNA_FILE, config.ATAC_FILE = str(CELLS / "rna.h5ad"), str(CELLS / "atac.h5ad")
     config.BOOTSTRAP = 0
-    precompute_embeddings.check_inputs()
-    precompute_embeddings.rna()
-    precompute_embeddings.atac()
-    precompute_embeddings.genes()
-    train_vf.run()
-    train_delay.run()
+    run.train()
 
 
 def load():

@@ -1,7 +1,7 @@
 """Where recovery breaks: planted delays under every unkind option of simulate.py, one at a time.
 
     Spearman    of estimated and planted log tau, over genes whose accessibility changes and drives expression
-    rmse        of log tau after the gauge
+    rmse, slope     of log tau after the gauge; of estimated on planted log tau
     gate        open or closed; identifiable: share of genes marked so, and of the unlinked ones where there are any
     modulation  Spearman, over genes and lineages, of planted and estimated difference of log tau between lineages (the
                 mean over a lineage's cells after the branch), and its standard deviation: planted, estimated; r the
