@@ -31,6 +31,9 @@ UNPAIRED_RNA_FILE: str | None = None    # an atlas for Stage 1; its cells are ne
 UNPAIRED_ATAC_FILE: str | None = None
 GTF_FILE: str | None = None             # gene positions, when the files hold none
 TRUTH_FILE: str | None = None           # planted delays of simulated data (truth.csv), for validation only
+# obs column that says which batch a cell belongs to: counts are thinned until every gene and peak has the same mean in
+# all batches. Only for batches that hold the same mixture of cells, never for time points. None = no correction
+BATCH: str | None = None
 GENOME_FILE: str | None = None          # FASTA or .2bit of the peaks' build, for HyenaDNA
 
 # --- the embedded default: what run.py simulates without data -----------------------------------------------

@@ -105,6 +105,9 @@ class Cells:
             columns = None if len(opened) == 1 else counts.features.index.get_indexer(self.features.index)
             self.sources.append((source, counts, fewest_by_hash(counts.names, max_cells), columns))
         self._name_cells()
+        self.batch, self.shares = None, None
+        if config.BATCH is not None:
+            self._level_batches()
 
     def _share_features(self, opened):
         paired, atlas = opened["paired"], opened["atlas"]
@@ -129,6 +132,33 @@ class Cells:
         self.obs = pd.concat(tables).rename_axis("barcode")
         self.obs = self.obs[["source", *self.obs.columns.drop("source")]]
 
+    def _level_batches(self):
+        """Batch of every cell (N,) and the shares (B, F) of its counts that it keeps; one pass over the files."""
+        where = " and ".join(str(path) for path in self.files.values() if path)
+        if config.BATCH not in self.obs:
+            raise ValueError(f"{where}: no column {config.BATCH!r} in obs (BATCH={config.BATCH}); there are: "
+                             f"{', '.join(self.obs.columns.drop('source')) or 'none'}.\n"
+                             "  Name the column that says which batch a cell belongs to, in both modalities.")
+        values = self.obs[config.BATCH]
+        if values.isna().any():
+            raise ValueError(f"{where}: cell {self.obs.index[values.isna()][0]} has no {config.BATCH}.\n"
+                             "  Every cell needs its batch.")
+        batch, labels = pd.factorize(values.astype(str), sort=True)
+        sizes = np.bincount(batch)
+        if sizes.min() < config.MIN_PAIRED_CELLS:
+            raise ValueError(f"{where}: {config.BATCH} {labels[sizes.argmin()]} has {sizes.min()} cells.\n"
+                             f"  A batch needs MIN_PAIRED_CELLS={config.MIN_PAIRED_CELLS} to be told from the others.")
+        totals = np.zeros((len(labels), len(self.features)))
+        for at, block in self.blocks(what="batches"):
+            of_batch = sp.csr_matrix((np.ones(len(batch[at])), (batch[at], np.arange(len(batch[at])))),
+                                     (len(labels), len(batch[at])))
+            totals += (of_batch @ block).toarray()
+        self.shares = loader.batch_shares(totals)
+        self.batch = batch
+        print(f"{self.modality}: {len(labels)} batches by {config.BATCH} ({', '.join(f'{n:,}' for n in sizes)} cells), "
+              f"taken to hold the same mixture of cells; {1 - (self.shares * totals).sum() / totals.sum():.0%} of the "
+              "counts are left out to level them")
+
     def blocks(self, columns=None, what=None):
         """(slice of the N cells, csr (b, F)), ...; columns (indices of features) narrows it; what names the bar."""
         bar = tqdm(total=len(self.obs), unit="cell", desc=f"{self.modality}: {what}", leave=False,
@@ -142,11 +172,15 @@ class Cells:
         """The same for the cells a .. b alone."""
         first = 0
         for _, counts, rows, shared in self.sources:
-            pick = shared if columns is None else columns if shared is None else shared[columns]
+            level = self.shares is not None
+            pick = columns if shared is None or level else shared if columns is None else shared[columns]
             skipped = max(a - first, 0)
             for at, block in counts.blocks(rows[skipped:max(b - first, 0)]):
-                start = first + skipped
-                yield slice(start + at.start, start + at.stop), block if pick is None else block[:, pick]
+                mine = slice(first + skipped + at.start, first + skipped + at.stop)
+                if level:
+                    block = block if shared is None else block[:, shared]
+                    block = loader.thin(block, self.shares[self.batch[mine]], self.modality + self.obs.index[mine])
+                yield mine, block if pick is None else block[:, pick]
             first += len(rows)
 
     def keep(self, mask):
@@ -156,6 +190,7 @@ class Cells:
             sources.append((source, counts, rows[mask[first:first + len(rows)]], columns))
             first += len(rows)
         self.sources, self.obs = sources, self.obs[mask]
+        self.batch = None if self.batch is None else self.batch[mask]
 
 
 def fewest_by_hash(names, n):
@@ -512,7 +547,7 @@ def rna(max_cells=None):
     start = time.time()
     name = choose_encoder("RNA_ENCODER", "scgpt", "pca")
     files = input_files("rna")
-    key = _key("rna", files, name, max_cells, ("N_HVG", "MIN_GENE_CELLS"))
+    key = _key("rna", files, name, max_cells, ("N_HVG", "MIN_GENE_CELLS", "BATCH"))
     if artifacts.is_done(key, *RNA_FILES):
         drop_shards("rna")
         return print("precompute_embeddings rna: up to date")
@@ -569,7 +604,7 @@ def atac(max_cells=None):
     start = time.time()
     name = choose_encoder("ATAC_ENCODER", "hyenadna", "lsi")
     files = input_files("atac")
-    key = _key("atac", files, name, max_cells, ("ATAC_TOP_PEAKS", "MIN_PEAKS"))
+    key = _key("atac", files, name, max_cells, ("ATAC_TOP_PEAKS", "MIN_PEAKS", "BATCH"))
     if artifacts.is_done(key, *ATAC_FILES):
         drop_shards("atac")
         return print("precompute_embeddings atac: up to date")
@@ -612,7 +647,7 @@ def genes():
     alone = not (config.ATAC_FILE or config.MULTIOME_FILE)
     files = must_exist(of_atac["inputs"]) if alone else input_files("atac")
     key = artifacts.stage_key("genes", {**files, **{name: artifacts.path(name) for name in (
-        "genes.csv", "rna_encoder.pt", "effendi_atac_obs.csv")}}, ("GENE_WINDOW", "GENE_DECAY"))
+        "genes.csv", "rna_encoder.pt", "effendi_atac_obs.csv")}}, ("GENE_WINDOW", "GENE_DECAY", "BATCH"))
     pca = of_rna["encoder"] == "pca"
     if artifacts.is_done(key, *GENE_FILES, *(PCA_GENE_FILES if pca else ())):
         return print("precompute_embeddings genes: up to date")
@@ -655,14 +690,11 @@ def genes():
 
 
 def accessibility(cells, table):
-    """Gene accessibility (N_a, G), on disk: counts of all peaks of each file times that file's peak-gene weights."""
+    """Gene accessibility (N_a, G), on disk: counts of the peaks that all files have times the peak-gene weights."""
     spool = loader.Spool(len(table))
-    for source, counts, rows, _ in cells.sources:
-        weights = loader.gene_peak_weights(counts.features, table, config.GENE_WINDOW, config.GENE_DECAY)
-        with tqdm(total=len(rows), unit="cell", desc=f"gene accessibility, {source}", leave=False, disable=None) as bar:
-            for _, block in counts.blocks(rows):
-                spool.append((block @ weights).sorted_indices())
-                bar.update(block.shape[0])
+    weights = loader.gene_peak_weights(cells.features, table, config.GENE_WINDOW, config.GENE_DECAY)
+    for _, block in cells.blocks(what="gene accessibility"):
+        spool.append((block @ weights).sorted_indices())
     return spool
 
 

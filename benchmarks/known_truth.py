@@ -106,6 +106,8 @@ def name_of(size, depth, kernel, seed):
 
 def make(size, depth, kernel, seed, **options):
     sim = simulate.simulate(depth=depth, kernel=kernel, seed=seed, **SIZES[size], **options)
+    if sim.population.o.batches > 1:                        # as with BATCH=batch
+        level_batches(sim)
     rna, peaks = sim.rna.X, sim.atac.var
     kept = np.asarray((rna > 0).sum(0)).ravel() >= config.MIN_GENE_CELLS
     with contextlib.redirect_stdout(io.StringIO()):
@@ -121,6 +123,14 @@ def make(size, depth, kernel, seed, **options):
     return Data(linear_encoder.pad(linear_encoder.lsi_transform(opened, lsi), config.HYENADNA_D_MODEL),
                 access.toarray().astype(np.float32), counts.toarray(), gene_embeddings(counts, access, atac_depth),
                 linear_encoder.pad(z_R, config.DIM), sim.truth[kept], sim.cells, sim.population.o, atac_depth), sim
+
+
+def level_batches(sim):
+    """Thin both count matrices as Stage 0 does when it is told the batches."""
+    batch = pd.factorize(sim.cells.batch)[0]
+    for data in (sim.rna, sim.atac):
+        totals = np.stack([np.asarray(data.X[batch == b].sum(0)).ravel() for b in range(batch.max() + 1)])
+        data.X = effendi_loader.thin(data.X, effendi_loader.batch_shares(totals)[batch], list(data.obs_names))
 
 
 def pca(counts, depth):

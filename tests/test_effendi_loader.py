@@ -319,3 +319,43 @@ def test_different_builds_are_an_error():
     loader.check_builds("a", "GRCh38", "b", None)
     with pytest.raises(ValueError, match="GRCh38.*GRCh37"):
         loader.check_builds("a", "GRCh38", "b", "GRCh37")
+
+
+# --- batches --------------------------------------------------------------------------------------------------
+
+def log_fold(x, batch):
+    """Log ratio of the two batches' means of every column, each relative to its batch's total."""
+    totals = np.stack([np.asarray(x[batch == b].sum(0)).ravel() for b in (0, 1)])
+    return np.subtract(*np.log(totals / totals.sum(1, keepdims=True)))
+
+
+def batched(spread, cells=2000, genes=200, seed=0):
+    rng = np.random.default_rng(seed)
+    batch = rng.integers(2, size=cells)
+    fold = np.exp(spread * rng.standard_normal((2, genes)))
+    x = sp.csr_matrix(rng.poisson(0.5 * fold[batch]).astype(np.float32))
+    return x, batch, loader.batch_shares([np.asarray(x[batch == b].sum(0)).ravel() for b in (0, 1)])
+
+
+def test_thinning_levels_the_batches_and_keeps_counts():
+    x, batch, shares = batched(0.3)
+    thinned = loader.thin(x.copy(), shares[batch], [f"cell{i}" for i in range(len(batch))])
+    # Planted sd 0.3 sqrt 2 = 0.42; what is left is counting noise, sqrt(2 / 500) = 0.06 a column.
+    assert log_fold(x, batch).std() > 0.35 and log_fold(thinned, batch).std() < 0.1
+    assert (thinned.data == np.rint(thinned.data)).all() and (thinned > x).nnz == 0
+    assert (shares.max(0) == 1).all() and shares.min() > 0.2            # the lowest batch of a gene keeps all of it
+    dense = thinned.toarray()[batch == 0]                               # still Poisson: variance over mean is 1
+    assert abs((dense.var(0) / dense.mean(0)).mean() - 1) < 0.02        # standard error sqrt(2 / 1000 / 200) = 0.003
+
+
+def test_batches_that_differ_by_counting_noise_alone_keep_their_counts():
+    _, _, shares = batched(0.0)
+    assert shares.mean() > 0.99
+
+
+def test_a_cell_keeps_the_same_counts_whatever_its_block():
+    x, batch, shares = batched(0.3, cells=60)
+    names = [f"cell{i}" for i in range(60)]
+    whole = loader.thin(x.copy(), shares[batch], names)
+    parts = [loader.thin(x[a:a + 25].copy(), shares[batch[a:a + 25]], names[a:a + 25]) for a in (0, 25, 50)]
+    assert (whole != sp.vstack(parts)).nnz == 0

@@ -161,6 +161,42 @@ def test_max_cells_chooses_the_same_cells_in_both_files(tmp_path):
     assert artifacts.load_sparse("gene_accessibility.npz").shape[0] == 60
 
 
+def batches(kind):
+    """Two batches; in the second, features of even number are read three times as often."""
+    data, second = make(kind, cells=600), np.arange(600) % 8 >= 4       # kinds repeat every four cells
+    x = data.X.toarray()
+    x[np.ix_(second, np.arange(x.shape[1]) % 2 == 0)] *= 3
+    data.X = sp.csr_matrix(x)
+    data.obs["batch"] = np.where(second, "late", "early")
+    return data
+
+
+def test_batches_are_levelled_in_both_modalities_and_on_every_pass(tmp_path, capsys):
+    arguments = both(tmp_path, batches("rna"), batches("atac"))
+    run_all([*arguments, "--set", "BATCH=batch"])
+    assert "2 batches by batch (300, 300 cells)" in capsys.readouterr().out
+    batch = artifacts.load_table("effendi_rna_obs.csv")["batch"].eq("late").to_numpy()
+    for name in ("gene_expression.npz", "gene_accessibility.npz"):
+        x = artifacts.load_sparse(name).toarray()
+        depth = artifacts.load_table("effendi_rna_obs.csv" if "expr" in name else "effendi_atac_obs.csv")["n_counts"]
+        share = np.stack([x[b].sum(0) / depth[b].sum() for b in (batch, ~batch)])[:, x.sum(0) > 300]
+        assert abs(np.log(share[0] / share[1])).mean() < 0.2, name      # 0.5 as read; at least 150 counts: 0.12
+    run_all([*arguments, "--set", "BATCH=batch"])
+    assert capsys.readouterr().out.count("up to date") == 3
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda obs: obs.drop(columns="batch"), "no column 'batch' in obs (BATCH=batch); there are: time_h, kind"),
+    (lambda obs: obs.assign(batch=["a"] * 10 + ["b"] * 590), "batch a has 10 cells"),
+    (lambda obs: obs.assign(batch=[np.nan] + ["b"] * 599), "has no batch")])
+def test_batches_are_refused_with(tmp_path, capsys, change, said):
+    data = batches("rna")
+    data.obs = change(data.obs)
+    with pytest.raises(SystemExit, match="2"):
+        config.script(lambda: pre.main(["rna", *both(tmp_path, data, batches("atac")), "--set", "BATCH=batch"]))
+    assert said in capsys.readouterr().err
+
+
 def test_a_cell_without_counts_is_left_out_and_named(tmp_path, capsys):
     data = make("rna")
     x = data.X.toarray()
