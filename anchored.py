@@ -31,7 +31,7 @@ Ref     Dempster et al. 1977, Maximum likelihood from incomplete data via the EM
 import copy
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ from torch.nn.utils import parametrize
 
 from align_mlp import AlignMLP
 from vector_field import EffendiVectorField
+from workers import Pool
 
 LATENT = 8                                                  # more dimensions measured worse
 TIMES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)                          # where the Euler path is kept
@@ -46,6 +47,7 @@ KERNELS = ("exp", "shift", "gamma")
 # What kernel=None chooses from. gamma lies between the two and took the place of a planted exp on held-out cells by
 # 2 % of the gain, which bent the delays (slope of estimated on planted log tau 0.64 instead of 0.86).
 CANDIDATES = ("exp", "shift")
+TRIAL = (6, 2, 2, 5e-3)                                     # of another kernel: epochs, warm, every, learning rate
 LOG_TAU = torch.linspace(math.log(0.06), math.log(8.0), 33)
 SHAPES = {"exp": 1.0, "gamma": 3.0}                         # of the gamma-distributed delay; "shift" has none
 BANDWIDTH = 0.5                                             # latent units over which landmark cells are averaged
@@ -124,9 +126,10 @@ class GeneReadout(nn.Module):
         """
         log_size = z.new_zeros(1).expand(*z.shape[:-1], 1)
         if len(self.landmarks):
-            close = (z @ self.landmarks.T - self.landmarks.square().sum(1) / 2) / BANDWIDTH**2
-            weights = torch.softmax(close, -1)
-            z, log_size = weights @ self.landmarks, (weights @ self.log_size)[..., None]
+            scaled = self.landmarks / BANDWIDTH**2
+            close = nn.functional.linear(z, scaled, -(scaled * self.landmarks).sum(1) / 2)
+            mean = torch.softmax(close, -1) @ torch.cat([self.landmarks, self.log_size[:, None]], 1)
+            z, log_size = mean[..., :-1], mean[..., -1:]
         return torch.cat([self.P(z), log_size], -1)
 
     def forward(self, z, genes=slice(None)):
@@ -277,7 +280,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
     return Anchor(align, readout, z, nll, step, history)
 
 
-def sharpen(align, readout, x, access, depth, mean, train, rng, steps=150, lr=1e-2, align_steps=400, batch=512):
+def sharpen(align, readout, x, access, depth, mean, train, rng, steps=100, lr=1e-2, align_steps=200, batch=512):
     """One round of expectation-maximisation over the states of cells; align and readout are changed in place.
 
         E   P[c, j] ~ prod_g Poisson(access[c, g]; mu_g s_c D(z_j, g))          z_j of reference cells, themselves
@@ -343,7 +346,7 @@ def path(field, z, times=TIMES):
 
 
 @torch.no_grad()
-def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, block=64, times=TIMES,
+def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, block=16, times=TIMES,
                     chromatin=None, grid=LOG_TAU):
     """Log-likelihood of every gene on a grid of log tau, A and B fitted at each point.
 
@@ -406,6 +409,9 @@ class DelayFit:
     def state(self):
         """Plain values and tensors, for a file."""
         return {**vars(self), "field": self.field.state_dict()}
+
+    def __reduce__(self):
+        return DelayFit.from_state, (self.state(),)         # a field with its spectral norm cannot be pickled
 
     @classmethod
     def from_state(cls, state):
@@ -551,24 +557,30 @@ def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, 
     """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
-    shapes chosen by noise cost accuracy.
+    shapes chosen by noise cost accuracy. Another kernel is first tried from where the first one ended, which is told
+    from the better one as well as a fit of its own is, in a third of the time; one that wins gets a fit of its own.
     Shapes  z (N, 8), counts (N, G)
     """
     if epochs < warm:
         raise ValueError(f"EM_EPOCHS={epochs}: at least {warm} epochs come before the first E-step.\n"
                          "  Leave it at its default.")
     counts = torch.as_tensor(counts, dtype=torch.float32)
+    seed = int(torch.randint(2**31, (1,), generator=rng))                       # weights of the field
+    depth, mean = size_factors(counts)
+    train, out = split_cells(len(z), held_out, rng)
+    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, use_head, progress)
     start = rng.get_state()
-    first = best = None
-    for name in CANDIDATES if kernel is None else (kernel,):    # to the end: half-way, the likelihoods mislead
+
+    def fitted(name):
         rng.set_state(start)                                # every kernel sees the same cells and weights
-        found = _expectation_maximisation(z, readout, counts, rng, name, epochs, warm, every, batch, lr, kinetic,
-                                          held_out, prior_sd, times, use_head, progress)
-        first = first or found
-        better = best is None or found.held_out.mean() > best.held_out.mean()
-        if found is first or better and z_score(found.held_out - first.held_out) > 2:
-            best = found
-    return best
+        torch.manual_seed(seed)
+        return em.run(em.begin(name), rng, epochs, warm, every, lr)
+    best = first = fitted(kernel or CANDIDATES[0])
+    for name in CANDIDATES[1:] if kernel is None else ():
+        other = em.run(em.begin(name, first), rng, *TRIAL)
+        if z_score(other.held_out - first.held_out) > 2 and other.held_out.mean() > best.held_out.mean():
+            best = fitted(name)
+    return em.describe(best, rng)
 
 
 def z_score(gain):
@@ -576,70 +588,125 @@ def z_score(gain):
     return float(gain.mean() / gain.std().clamp_min(1e-12)) * math.sqrt(len(gain))
 
 
-def _expectation_maximisation(z, readout, counts, rng, kernel, epochs, warm, every, batch, lr, kinetic, held_out,
-                              prior_sd, times, use_head, progress):
-    torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))           # weights of the field
-    n_genes = counts.shape[1]
-    depth, mean = size_factors(counts)
-    train, out = split_cells(len(z), held_out, rng)
-    field = EffendiVectorField(LATENT, 128)
-    opt = torch.optim.Adam(field.parameters(), lr=lr, fused=True)
-    n_steps = epochs * math.ceil(len(train) / batch)
-    # A warm-up of a tenth needs ten steps to have length; a few hundred cells make fewer.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n_steps + 1, 20), pct_start=0.1)
-    log_tau, prior = torch.zeros(n_genes), torch.zeros(n_genes)
-    A, B = torch.full((n_genes,), 0.8), torch.full((n_genes,), 0.2)
-    offset = depth
-    best, history = (-math.inf,), []
-    for epoch in range(1, epochs + 1):
-        weights = kernel_weights(log_tau.exp(), times, kernel)
-        for rows in train[torch.randperm(len(train), generator=rng)].split(batch):
-            states, speed_sq = moving_path(field, z[rows], times)
-            yhat = predict(states, readout, weights, A, B)
-            m = offset[rows, None] * mean * yhat
-            loss = poisson_nll(m, counts[rows]) + kinetic * speed_sq
-            descend(loss, opt, schedule)
-        if progress is not None:
-            progress(1)
-        if epoch < warm:
-            continue
-        field.eval()
-        with torch.no_grad():
+@dataclass
+class _Flow:
+    """Where expectation-maximisation is: the field, and what every gene reads from its path."""
+    field: EffendiVectorField
+    kernel: str
+    log_tau: torch.Tensor           # (G,) of the field
+    A: torch.Tensor
+    B: torch.Tensor
+    prior: torch.Tensor             # (G,) mean of log tau
+    held_out: torch.Tensor | None = None    # (N_out,) log-likelihood of each held-out cell
+    epoch: int = 0
+    history: tuple = ()             # (epoch, held-out nats a cell)
+
+
+@dataclass
+class _EM:
+    """Expectation-maximisation on some paired cells."""
+    z: torch.Tensor
+    readout: GeneReadout
+    counts: torch.Tensor
+    depth: torch.Tensor
+    mean: torch.Tensor
+    train: torch.Tensor
+    out: torch.Tensor
+    times: tuple
+    prior_sd: float
+    batch: int
+    kinetic: float
+    use_head: bool
+    progress: object
+
+    def begin(self, kernel, after=None):
+        """The start of a fit, or what a fit with another kernel has reached, read with this one."""
+        n_genes = len(self.mean)
+        if after is None:
+            return _Flow(EffendiVectorField(LATENT, 128), kernel, torch.zeros(n_genes), torch.full((n_genes,), 0.8),
+                         torch.full((n_genes,), 0.2), torch.zeros(n_genes))
+        flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None)
+        return self.e_step(flow, self.exposure(flow), kernel=kernel)
+
+    def weights(self, flow):
+        return kernel_weights(flow.log_tau.exp(), self.times, flow.kernel)
+
+    @torch.no_grad()
+    def exposure(self, flow):
+        """(N,) under what has been found so far."""
+        flow.field.eval()
+        return exposures(path(flow.field, self.z, self.times), self.readout, self.weights(flow), flow.A, flow.B,
+                         self.depth, self.mean)
+
+    @torch.no_grad()
+    def likelihood(self, flow, rows, offset, kernel=None):
+        """grid_likelihood of the cells `rows`, and the posterior: L, A, B (G, U), weights (G, U), mean, sd (G,)."""
+        states = path(flow.field.eval(), self.z[rows], self.times)
+        grids = grid_likelihood(states, self.readout, self.counts[rows], offset[rows], self.mean,
+                                kernel or flow.kernel, (flow.A * self.weights(flow).T, flow.B), times=self.times)
+        return *grids, *posterior(grids[0], flow.prior, self.prior_sd)
+
+    def e_step(self, flow, offset, damping=1.0, kernel=None):
+        """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
+        _, a, b, share, centre, sd = self.likelihood(flow, self.train, offset, kernel)
+        centre = centre - gauge(centre, sd, self.prior_sd)
+        return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
+                       A=flow.A + damping * ((share * a).sum(1) - flow.A),
+                       B=flow.B + damping * ((share * b).sum(1) - flow.B),
+                       prior=head_means(self.readout.e, centre, sd, self.prior_sd) if self.use_head else flow.prior)
+
+    @torch.no_grad()
+    def likelihood_out(self, flow):
+        states = path(flow.field.eval(), self.z[self.out], self.times)
+        yhat = predict(states, self.readout, self.weights(flow), flow.A, flow.B)
+        return cell_likelihood(yhat, self.counts[self.out], self.depth[self.out], self.mean)
+
+    def run(self, flow, rng, epochs, warm, every, lr):
+        """The flow of the epoch that held-out cells like best, from `warm` on; an E-step every `every` epochs."""
+        field, train = flow.field, self.train
+        opt = torch.optim.Adam(field.parameters(), lr=lr, fused=True)
+        n_steps = epochs * math.ceil(len(train) / self.batch)
+        # A warm-up of a tenth needs ten steps to have length; a few hundred cells make fewer.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n_steps + 1, 20), pct_start=0.1)
+        offset = self.exposure(flow) if flow.epoch else self.depth
+        best, history = None, []
+        for epoch in range(1, epochs + 1):
+            field.train()
+            weights = self.weights(flow)
+            for rows in train[torch.randperm(len(train), generator=rng)].split(self.batch):
+                states, speed_sq = moving_path(field, self.z[rows], self.times)
+                yhat = predict(states, self.readout, weights, flow.A, flow.B)
+                loss = poisson_nll(offset[rows, None] * self.mean * yhat, self.counts[rows]) + self.kinetic * speed_sq
+                descend(loss, opt, schedule)
+            if self.progress is not None:
+                self.progress(1)
+            if epoch < warm:
+                continue
             if (epoch - warm) % every == 0:
-                states = path(field, z, times)
-                offset = exposures(states, readout, weights, A, B, depth, mean)
-                like, a, b = grid_likelihood(states[:, train], readout, counts[train], offset[train], mean, kernel,
-                                             (A * weights.T, B), times=times)
-                share, centre, sd = posterior(like, prior, prior_sd)
-                centre = centre - gauge(centre, sd, prior_sd)
-                if use_head:
-                    prior = head_means(readout.e, centre, sd, prior_sd)
-                # Damped: the field was fitted to the last delays, and follows the new ones only in part.
-                log_tau = log_tau + 0.7 * (centre - log_tau)
-                A = A + 0.7 * ((share * a).sum(1) - A)
-                B = B + 0.7 * ((share * b).sum(1) - B)
-                weights = kernel_weights(log_tau.exp(), times, kernel)
-            yhat = predict(path(field, z[out], times), readout, weights, A, B)
-            like_out = cell_likelihood(yhat, counts[out], depth[out], mean)
-        history.append((epoch, like_out.mean().item()))
-        if like_out.mean() > best[0]:
-            best = (like_out.mean(), epoch, copy.deepcopy(field.state_dict()), weights, A, B, prior, like_out)
-        field.train()
-    _, epoch, state, weights, A, B, prior, like_out = best
-    field.load_state_dict(state)
-    field.settle()                                          # the power iteration lags behind a fast learning rate
-    field.eval().requires_grad_(False)
-    states = path(field, z, times)
-    offset = exposures(states, readout, weights, A, B, depth, mean)
-    like, a, b = grid_likelihood(states, readout, counts, offset, mean, kernel, (A * weights.T, B), times=times)
-    share, centre, sd = posterior(like, prior, prior_sd)
-    still, still_gene = still_likelihood(z, readout, counts, depth, offset, mean, train, out, torch.arange(n_genes))
-    another = torch.randperm(n_genes, generator=rng)
-    _, foreign_gene = still_likelihood(z, readout, counts, depth, offset, mean, train, out, another)
-    level = gauge(centre, sd, prior_sd).item()
-    return DelayFit(field, kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like, like_out, still,
-                    still_gene - foreign_gene, (share * like).sum(1) - still_gene, level, epoch,
-                    [(e, total - still.mean().item()) for e, total in history])
+                offset = self.exposure(flow)
+                flow = self.e_step(flow, offset, damping=0.7)
+            like = self.likelihood_out(flow)
+            history.append((epoch, like.mean().item()))
+            if best is None or like.mean() > best.held_out.mean():
+                best = replace(flow, field=copy.deepcopy(field), held_out=like, epoch=epoch)
+        best.field.settle()                                 # the power iteration lags behind a fast learning rate
+        best.field.eval().requires_grad_(False)
+        return replace(best, history=history)
+
+    def describe(self, flow, rng):
+        """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain."""
+        offset, everyone = self.exposure(flow), torch.arange(len(self.z))
+        like, a, b, share, centre, sd = self.likelihood(flow, everyone, offset)
+        own = torch.arange(len(self.mean))
+        still, still_gene = still_likelihood(self.z, self.readout, self.counts, self.depth, offset, self.mean,
+                                             self.train, self.out, own)
+        another = torch.randperm(len(self.mean), generator=rng)
+        _, foreign_gene = still_likelihood(self.z, self.readout, self.counts, self.depth, offset, self.mean,
+                                           self.train, self.out, another)
+        level = gauge(centre, sd, self.prior_sd).item()
+        return DelayFit(flow.field, flow.kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like,
+                        flow.held_out, still, still_gene - foreign_gene, (share * like).sum(1) - still_gene, level,
+                        flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history])
 
 
 def moving_path(field, z, times):
@@ -668,19 +735,49 @@ class Result:
     delays: list
 
 
-def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, progress=None):
+def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, progress=None, processes=1):
     """Both stages, `members` times from different weights, held-out cells and batches; delays are averaged.
 
-    progress: a function called with (members done, members), for a bar.
+    progress: a function called with 1 whenever a member has ended a stage, for a bar.
+    processes: how many members are fitted at a time, one thread each. The result does not depend on it.
     """
-    anchors, delays = [], []
-    for member in range(members):
-        anchors.append(fit_anchor(x, access, gene_emb, rng, steps=steps))
-        delays.append(fit_delay(anchors[-1].z, anchors[-1].readout, counts, rng, kernel=kernel, epochs=epochs))
-        kernel = delays[0].kernel                           # chosen once, by the first member
-        if progress is not None:
-            progress(member + 1, members)
+    data = dict(x=x, access=access, counts=counts, gene_emb=gene_emb)
+    seeds = torch.randint(2**62, (members, 2), generator=rng).tolist()
+    with Pool({k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()}, min(processes, members)) as pool:
+        anchors, delays = [], []
+        for job in [pool.start(_fit_anchor, seed, steps) for seed, _ in seeds]:
+            anchors.append(job.result())
+            if progress is not None:
+                progress(1)
+        for delay in side_by_side(lambda m, name: pool.start(_fit_delay, anchors[m], seeds[m][1], name, epochs),
+                                  members, kernel):
+            delays.append(delay)
+            if progress is not None:
+                progress(1)
     return combine(anchors, delays)
+
+
+def _fit_anchor(data, seed, steps):
+    return fit_anchor(data["x"], data["access"], data["gene_emb"], torch.Generator().manual_seed(seed), steps=steps)
+
+
+def _fit_delay(data, anchor, seed, kernel, epochs):
+    rng = torch.Generator().manual_seed(seed)
+    return fit_delay(anchor.z, anchor.readout, data["counts"], rng, kernel, epochs=epochs)
+
+
+def side_by_side(start, members, kernel):
+    """The DelayFits of all members, in order; start(m, kernel) gives a job of workers.Pool.
+
+    kernel None: the first member chooses for all. The others do not wait for it: they go ahead with the usual choice.
+    """
+    jobs = [start(0, kernel)] + [start(m, kernel or CANDIDATES[0]) for m in range(1, members)]
+    first = jobs[0].result()
+    yield first
+    if kernel is None and first.kernel != CANDIDATES[0]:
+        jobs = jobs[:1] + [start(m, first.kernel) for m in range(1, members)]
+    for job in jobs[1:]:
+        yield job.result()
 
 
 def combine(anchors, delays):
@@ -705,15 +802,33 @@ class Halves:
     spearman: float                 # over the genes that either half can see
 
 
-def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15):
+def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15, processes=1):
     """Both stages on two disjoint halves of the cells. Errors of either stage are drawn twice."""
-    order = torch.randperm(len(x), generator=rng)
-    rows = [order[::2], order[1::2]]
-    x, access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (x, access, counts))
-    fits = [fit(x[r], access[r], counts[r], gene_emb, rng, kernel, members, steps, epochs) for r in rows]
+    rows, seeds = draw_halves(len(x), rng)
+    data = {k: torch.as_tensor(v, dtype=torch.float32)
+            for k, v in dict(x=x, access=access, counts=counts, gene_emb=gene_emb).items()}
+    with Pool(data, min(processes, 2)) as pool:
+        jobs = [pool.start(fit_cells, r, seed, kernel, members, steps, epochs) for r, seed in zip(rows, seeds)]
+        return compare_halves(rows, [job.result() for job in jobs])
+
+
+def draw_halves(n_cells, rng):
+    """Rows of the two halves, and a seed for each."""
+    order = torch.randperm(n_cells, generator=rng)
+    return [order[::2], order[1::2]], torch.randint(2**62, (2,), generator=rng).tolist()
+
+
+def compare_halves(rows, fits):
     seen = informed(fits[0].sd) | informed(fits[1].sd)
     agreement = spearman(fits[0].log_tau[seen], fits[1].log_tau[seen]) if seen.sum() > 9 else 0.0
     return Halves(rows, fits, agreement)
+
+
+def fit_cells(data, rows, seed, kernel, members=1, steps=600, epochs=15):
+    """Both stages on some cells of data (x, access, counts, gene_emb), one after another: a job of workers.Pool."""
+    cells = {k: torch.as_tensor(data[k], dtype=torch.float32)[rows] for k in ("x", "access", "counts")}
+    rng = torch.Generator().manual_seed(seed)
+    return fit(**cells, gene_emb=data["gene_emb"], rng=rng, kernel=kernel, members=members, steps=steps, epochs=epochs)
 
 
 def informed(sd, prior_sd=1.0):
@@ -762,18 +877,14 @@ def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.15):
     return log_tau - half, log_tau + half
 
 
-def bootstrap_replicate(seed, data, settings=None):
-    """log tau (G,) of both stages refitted on cells drawn with replacement. For process pools.
+def bootstrap_replicate(data, seed, kernel):
+    """log tau (G,) of both stages refitted on cells drawn with replacement: a job of workers.Pool.
 
-    data      dict of x, access, counts, gene_emb
-    settings  keywords of fit(); kernel should be the one already chosen
+    data: dict of x, access, counts, gene_emb; kernel: the one that was chosen.
     """
-    torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(data["x"]), (len(data["x"]),), generator=rng)
-    cells = {k: torch.as_tensor(data[k], dtype=torch.float32)[rows] for k in ("x", "access", "counts")}
-    settings = {"members": 1, "steps": 500, "epochs": 12, **(settings or {})}
-    return fit(**cells, gene_emb=data["gene_emb"], rng=rng, **settings).log_tau
+    return fit_cells(data, rows, seed, kernel, steps=500, epochs=12).log_tau
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ EM_EPOCHS: int = 20                     # Stage 2.1: expectation-maximisation
 MIN_ACCESS: int = 20                    # accessible counts below which a gene has no readout of its own
 CELL_GROUPS: int = 12                   # Stage 2.2: groups of cells whose delays may differ; 1 = none
 BOOTSTRAP: int = 20                     # Stage 2.2: refits of both stages behind the intervals; 0 = posterior alone
-WORKERS: int | None = None              # processes for them; None = one a core
+WORKERS: int | None = None              # processes for fits and refits; None = one a core
 
 
 CHOICES = {"OBJECTIVE": ("anchored", "specification"), "KERNEL": (None, "exp", "shift", "gamma"),
@@ -196,6 +196,11 @@ def from_args(doc, argv=None, arguments=None):
         if name in hints and value is not None:
             globals()[name] = value
     return args
+
+
+def processes(pieces):
+    """How many processes independent pieces of work get."""
+    return max(1, min(WORKERS or THREADS or os.cpu_count(), pieces))
 
 
 def pick_device():

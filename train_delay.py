@@ -15,8 +15,6 @@ Writes  effendi_stage1.pt (after 2.1), effendi_final.pt, effendi.pt, gene_tau_es
         train_delay_curve.csv
 Run     python train_delay.py --set STAGE2_EPOCHS=5
 """
-import multiprocessing
-import os
 import time
 
 import numpy as np
@@ -32,6 +30,7 @@ import config
 import effendi_loader
 import inference
 from effendi import AnchoredEffendi, Effendi, delay_losses
+from workers import Pool
 
 INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "effendi_rna_emb.npy", "effendi_rna_obs.csv",
           "gene_expression.npz", "genes.csv", "gene_embeddings.npy", "align_mlp.pt", "vector_field_frozen.pt")
@@ -215,67 +214,60 @@ def load_anchored():
                 y=data["counts"][:, fitted].toarray(), emb=data["gene_emb"][fitted]), saved["members"]
 
 
-def fit_members(data, members, key):
+def fit_members(pool, anchors, done, key):
     """Stage 2.1: an anchored.Result over the members, each kept as soon as it is done."""
-    anchors, delays = [], []
-    done = artifacts.load_checkpoint(RESUME, key) or {"delays": [], "replicates": {}}
-    kernel = config.KERNEL
-    for m, saved in enumerate(members):
-        anchors.append(anchored.restore_anchor(saved["align"], saved["readout"], data["x"], data["emb"]))
-        if m < len(done["delays"]):
-            delays.append(anchored.DelayFit.from_state(done["delays"][m]))
-        else:
-            rng = anchored.generator(config.SEED, "delay", m)
-            with tqdm(total=None if kernel is None else config.EM_EPOCHS, unit="epoch",
-                      desc=f"member {m + 1}", leave=False, disable=None) as bar:
-                delays.append(anchored.fit_delay(anchors[m].z, anchors[m].readout, data["y"], rng, kernel,
-                                                 config.EM_EPOCHS, held_out=config.HELD_OUT, progress=bar.update))
-            done["delays"].append(delays[m].state())
-            artifacts.save_checkpoint(RESUME, key, done)
-        kernel = delays[0].kernel                           # chosen once, by the first member
-        gain = (delays[m].held_out - delays[m].still).mean()
-        print(f"train_delay: member {m + 1}: kernel {kernel}, best epoch {delays[m].epoch}, held-out RNA "
-              f"{gain:+.2f} nats a cell against v = 0")
-    return anchored.combine(anchors, delays), done
+    kept, delays = done["delays"], []
 
-
-def bootstrap(data, kernel, done, key):
-    """Delays (R, G') of both stages refitted on resampled cells, over processes; each kept as soon as it is done."""
-    left = [r for r in range(config.BOOTSTRAP) if r not in done["replicates"]]
-    cells = {k: data[k] for k in ("x", "access")} | {"counts": data["y"], "gene_emb": data["emb"]}
-    workers = min(config.WORKERS or os.cpu_count(), max(1, len(left)))
-    with tqdm(total=config.BOOTSTRAP, initial=config.BOOTSTRAP - len(left), unit="refit", desc="bootstrap",
-              leave=False, disable=None) as bar:
-        for r, log_tau in _replicates(left, cells, kernel, workers):
-            done["replicates"][r] = log_tau
+    def start(m, kernel):
+        return Kept(kept[m]) if m in kept and kernel in (None, kept[m]["kernel"]) else pool.start(fit_member, m, kernel)
+    with tqdm(total=len(anchors), unit="fit", desc="members", leave=False, disable=None) as bar:
+        for m, delay in enumerate(anchored.side_by_side(start, len(anchors), config.KERNEL)):
+            delays.append(delay)
+            kept[m] = delay.state()
             artifacts.save_checkpoint(RESUME, key, done)
             bar.update()
-    return torch.stack([done["replicates"][r] for r in range(config.BOOTSTRAP)]) if config.BOOTSTRAP else None
+    for m, delay in enumerate(delays):
+        print(f"train_delay: member {m + 1}: kernel {delay.kernel}, best epoch {delay.epoch}, held-out RNA "
+              f"{(delay.held_out - delay.still).mean():+.2f} nats a cell against v = 0")
+    return anchored.combine(anchors, delays)
 
 
-def _replicates(left, cells, kernel, workers):
-    if workers == 1:
-        threads = torch.get_num_threads()                   # a refit takes one thread, here as in a process of its own
-        _share(cells, kernel, config.SEED)
-        yield from map(_replicate, left)
-        torch.set_num_threads(threads)
-        return
-    # spawn: a fork would copy torch's thread pool in whatever state it is, which can hang.
-    with multiprocessing.get_context("spawn").Pool(workers, _share, (cells, kernel, config.SEED)) as pool:
-        yield from pool.imap_unordered(_replicate, left)
+class Kept:
+    """A job that an earlier run has done."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def result(self):
+        return anchored.DelayFit.from_state(self.state)
 
 
-def _share(cells, kernel, seed):
-    global _shared
-    _shared = cells, kernel, seed
+def fit_member(shared, m, kernel):
+    rng = anchored.generator(shared["seed"], "delay", m)
+    z, readout = shared["members"][m]
+    return anchored.fit_delay(z, readout, shared["counts"], rng, kernel, shared["epochs"],
+                              held_out=shared["held_out"])
 
 
-def _replicate(r):
-    cells, kernel, seed = _shared
-    return r, anchored.bootstrap_replicate(hash_seed(seed, r), cells, {"kernel": kernel})
+def bootstrap(pool, kernel, done, key):
+    """Delays (R, G') of both stages refitted on resampled cells; each kept as soon as it is done."""
+    kept = done["replicates"]
+    left = [(r, kernel) for r in range(config.BOOTSTRAP) if r not in kept]
+    with tqdm(total=config.BOOTSTRAP, initial=config.BOOTSTRAP - len(left), unit="refit", desc="bootstrap",
+              leave=False, disable=None) as bar:
+        for (r, _), log_tau in pool.each(refit, left):
+            kept[r] = log_tau
+            artifacts.save_checkpoint(RESUME, key, done)
+            bar.update()
+    return torch.stack([kept[r] for r in range(config.BOOTSTRAP)]) if config.BOOTSTRAP else None
 
 
-def hash_seed(seed, r):
+def refit(shared, task):
+    r, kernel = task
+    return anchored.bootstrap_replicate(shared, bootstrap_seed(shared["seed"], r), kernel)
+
+
+def bootstrap_seed(seed, r):
     return anchored.generator(seed, "bootstrap", r).initial_seed()
 
 
@@ -338,18 +330,23 @@ def run_anchored():
     data, members = load_anchored()
     device = config.pick_device()
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
-    result, done = fit_members(data, members, key)
-    before = build_anchored(result, data, None, None)
-    artifacts.save_model("effendi_stage1.pt", {"args": before.args, "state_dict": before.state_dict()}, **facts)
-
-    print("train_delay: refitting both stages on two halves of the cells")
-    halves = anchored.split_half(data["x"], data["access"], data["y"], data["emb"],
-                                 anchored.generator(config.SEED, "halves", 0), result.kernel)
+    anchors = [anchored.restore_anchor(m["align"], m["readout"], data["x"], data["emb"]) for m in members]
+    done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
+    shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"], seed=config.SEED,
+                  members=[(a.z, a.readout) for a in anchors], epochs=config.EM_EPOCHS, held_out=config.HELD_OUT)
+    with Pool(shared, config.processes(len(anchors) + 2 + config.BOOTSTRAP)) as pool:
+        result = fit_members(pool, anchors, done, key)
+        before = build_anchored(result, data, None, None)
+        artifacts.save_model("effendi_stage1.pt", {"args": before.args, "state_dict": before.state_dict()}, **facts)
+        print(f"train_delay: refitting both stages on two halves of the cells and on {config.BOOTSTRAP} resamples")
+        rows, seeds = anchored.draw_halves(len(data["x"]), anchored.generator(config.SEED, "halves", 0))
+        jobs = [pool.start(anchored.fit_cells, r, seed, result.kernel) for r, seed in zip(rows, seeds)]
+        replicates = bootstrap(pool, result.kernel, done, key)
+        halves = anchored.compare_halves(rows, [job.result() for job in jobs])
     gate = anchored.gate(result, halves)
     groups = anchored.cell_groups(result.anchors[0].z, config.CELL_GROUPS,
                                   anchored.generator(config.SEED, "groups", 0))
     shift, reliability = anchored.modulation(halves, data["y"], groups)
-    replicates = bootstrap(data, result.kernel, done, key)
     low, high = anchored.intervals(result.log_tau, result.sd, replicates)
     ok, why = anchored.identifiable(result, data["access"], data["y"], halves)
     if not gate.open:

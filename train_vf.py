@@ -31,6 +31,7 @@ from align_mlp import AlignMLP
 from effendi import reverse_loss
 from slice_w2 import random_directions, sliced_w2_sq
 from vector_field import EffendiVectorField
+from workers import Pool
 
 INPUTS = ("effendi_atac_emb.npy", "effendi_rna_emb.npy")
 OUTPUTS = ("align_mlp.pt", "vector_field_frozen.pt", "train_vf_curve.csv")
@@ -149,6 +150,14 @@ def load_accessibility():
             list(genes.index[seen]))
 
 
+def fit_member(shared, member):
+    """One member of Stage 1 as plain values and tensors: a job of workers.Pool."""
+    rng = anchored.generator(shared["seed"], "anchor", member)
+    anchor = anchored.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"])
+    return {"align": anchor.align.state_dict(), "readout": anchor.readout.state_dict(), "steps": anchor.steps,
+            "nll": anchor.nll, "history": anchor.history}
+
+
 def run_anchored():
     """Stage 1: latent and readout of each gene's own accessibility, from ATAC alone; MEMBERS independent fits."""
     inputs = {name: artifacts.existing(name) for name in ANCHORED_INPUTS}
@@ -156,25 +165,26 @@ def run_anchored():
     if artifacts.is_done(key, *OUTPUTS):
         return print("train_vf: up to date")
     start = time.time()
-    config.pick_device()
     x, access, gene_emb, genes = load_accessibility()
-    done = artifacts.load_checkpoint(RESUME, key) or []
-    for member in range(len(done), config.MEMBERS):
-        rng = anchored.generator(config.SEED, "anchor", member)
-        bar = tqdm(total=config.ANCHOR_STEPS, unit="step", desc=f"member {member + 1}", leave=False, disable=None)
-        with bar:
-            anchor = anchored.fit_anchor(x, access, gene_emb, rng, steps=config.ANCHOR_STEPS, progress=bar.update)
-        done.append({"align": anchor.align.state_dict(), "readout": anchor.readout.state_dict(),
-                     "steps": anchor.steps, "history": anchor.history})
-        artifacts.save_checkpoint(RESUME, key, done)
-        print(f"train_vf: member {member + 1}: held-out accessibility {anchor.history[0][1]:.4f} -> {anchor.nll:.4f} "
-              f"nats an entry, best after {anchor.steps} steps")
+    saved = artifacts.load_checkpoint(RESUME, key) or {}
+    left = [m for m in range(config.MEMBERS) if m not in saved]
+    shared = dict(x=x, access=access, gene_emb=gene_emb, steps=config.ANCHOR_STEPS, seed=config.SEED)
+    bar = tqdm(total=config.MEMBERS, initial=len(saved), unit="fit", desc="members", leave=False, disable=None)
+    with bar, Pool(shared, config.processes(len(left))) as pool:
+        for member, found in pool.each(fit_member, left):
+            saved[member] = found
+            artifacts.save_checkpoint(RESUME, key, saved)
+            bar.update()
+    done = [saved[m] for m in range(config.MEMBERS)]
+    for m, found in enumerate(done):
+        print(f"train_vf: member {m + 1}: held-out accessibility {found['history'][0][1]:.4f} -> {found['nll']:.4f} "
+              f"nats an entry, best after {found['steps']} steps")
     curve = pd.DataFrame([dict(member=m + 1, step=step, held_out_nll=nll) for m, d in enumerate(done)
                           for step, nll in d["history"]])
     curve.index = pd.RangeIndex(1, len(curve) + 1, name="row")
     seconds = time.time() - start
     facts = dict(stage="train_vf", key=key, seconds=round(seconds, 1), cells=len(x), genes=len(genes),
-                 metrics=dict(held_out_nll=[min(nll for _, nll in d["history"]) for d in done]))
+                 metrics=dict(held_out_nll=[d["nll"] for d in done]))
     torch.manual_seed(config.SEED)
     field = EffendiVectorField(config.DIM, config.VF_HIDDEN, rank=anchored.LATENT)
     artifacts.save_model("align_mlp.pt", {"members": done, "genes": genes}, **facts)

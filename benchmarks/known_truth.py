@@ -27,7 +27,7 @@ Every finished (data set, row) is a line of OUT/results.jsonl and is not done ag
 refits lie in OUT/estimates. `code` in a line is a hash of anchored.py, --redo does again what another version did.
 seconds is wall-clock, of the fit alone in default and the shuffled rows; cpu_seconds what the process itself used,
 since cores may be shared; mib the peak resident memory of the process during the row, about 500 MiB of libraries
-and the data included. One thread throughout.
+and the data included. One thread, one process; with --processes 2 members are fitted side by side.
 
 Run     python benchmarks/known_truth.py --seeds 100-104                        3 lineages, 3,000 cells, 400 genes
         python benchmarks/known_truth.py --seeds 100-101 --sizes few,one,genes,cells --rows default,true_time
@@ -159,7 +159,7 @@ def tensors(data, pairs=None, genes=None):
     return [torch.as_tensor(a, dtype=torch.float32) for a in (data.x, access, counts, emb)]
 
 
-def fitted(data, quick=False, pairs=None, genes=None):
+def fitted(data, processes, quick=False, pairs=None, genes=None):
     """Both stages as the pipeline runs them, then the halves, the gate and what is identifiable.
 
     quick: the planted kernel given, one member, 500 steps and 12 epochs, in the halves too.
@@ -170,10 +170,11 @@ def fitted(data, quick=False, pairs=None, genes=None):
     if quick:
         settings, of_halves = (data.options.kernel, 1, 500, 12), (1, 500, 12)
     start, cpu = time.time(), time.process_time()
-    result = anchored.fit(x, access, counts, emb, anchored.generator(seed, "fit"), *settings)
+    result = anchored.fit(x, access, counts, emb, anchored.generator(seed, "fit"), *settings,
+                          processes=processes)
     seconds, cpu = time.time() - start, time.process_time() - cpu
     rng = anchored.generator(seed, "halves")
-    halves = anchored.split_half(x, access, counts, emb, rng, result.kernel, *of_halves)
+    halves = anchored.split_half(x, access, counts, emb, rng, result.kernel, *of_halves, processes=processes)
     gate = anchored.gate(result, halves)
     ok, _ = anchored.identifiable(result, access, counts, halves)
     return dict(log_tau=result.log_tau, sd=result.sd, ok=ok, kernel_found=result.kernel, gate_open=gate.open,
@@ -181,17 +182,17 @@ def fitted(data, quick=False, pairs=None, genes=None):
 
 
 def default(data, args):
-    return fitted(data)
+    return fitted(data, args.processes)
 
 
 def shuffled_pairs(data, args):
     rng = np.random.default_rng(data.options.seed)
-    return fitted(data, not args.full_controls, pairs=rng.permutation(len(data.counts)))
+    return fitted(data, args.processes, not args.full_controls, pairs=rng.permutation(len(data.counts)))
 
 
 def shuffled_genes(data, args):
     rng = np.random.default_rng(data.options.seed)
-    return fitted(data, not args.full_controls, genes=rng.permutation(len(data.truth)))
+    return fitted(data, args.processes, not args.full_controls, genes=rng.permutation(len(data.truth)))
 
 
 def intervals(data, args):
@@ -206,8 +207,9 @@ def intervals(data, args):
     for r in range(args.replicates):
         kept = file.with_name(f"{name}.refit{r}.npy")
         if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
-            log_tau = anchored.bootstrap_replicate(train_delay.hash_seed(data.options.seed, r), dict(
-                x=x, access=access, counts=counts, gene_emb=emb), {"kernel": str(first["kernel_found"])})
+            log_tau = anchored.bootstrap_replicate(
+                dict(x=x, access=access, counts=counts, gene_emb=emb),
+                train_delay.bootstrap_seed(data.options.seed, r), str(first["kernel_found"]))
             np.save(kept, log_tau.numpy())
         refits.append(np.load(kept))
     log_tau, sd = torch.tensor(first["log_tau"]), torch.tensor(first["sd"])
@@ -770,6 +772,7 @@ def main():
     parser.add_argument("--full-controls", action="store_true", help="shuffled rows with the default's settings")
     parser.add_argument("--multivelo", action="store_true", help="install and run MultiVelo for its row")
     parser.add_argument("--limit", type=int, default=1800, help="seconds that MultiVelo may take")
+    parser.add_argument("--processes", type=int, default=1, help="for members of a fit; estimates stay the same")
     parser.add_argument("--redo", action="store_true", help="do rows again that another anchored.py has done")
     parser.add_argument("--table", action="store_true", help="only print the table and draw the picture")
     parser.add_argument("--out", type=Path, default=ROOT / "effendi_output" / "known_truth")

@@ -1,0 +1,105 @@
+"""Independent pieces of work over processes, or one after another in this one.
+
+    with Pool(shared, processes) as pool:
+        job = pool.start(function, *args)               # function(shared, *args), at the top level of a module
+        job.result()
+        for task, result in pool.each(function, tasks)  # function(shared, task), as they end
+
+`shared` is sent to every process once. Every piece runs on one thread, here as there, so that results do not depend on
+the number of processes. A job of a pool of one process runs when its result is asked for, and not before.
+"""
+import concurrent.futures
+import multiprocessing
+import pickle
+import sys
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+
+
+class Pool:
+    def __init__(self, shared, processes=1):
+        self.shared, self.processes, self.executor = shared, processes, None
+        if processes > 1:
+            # Pickled here and below: left to multiprocessing, tensors would travel through /dev/shm, which is small
+            # in containers.
+            self.executor = concurrent.futures.ProcessPoolExecutor(processes, _context(), _begin,
+                                                                   (pickle.dumps(shared),))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        if self.executor is not None:
+            self.executor.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children() if error else ():
+                process.terminate()                         # an interrupt must not wait for a fit to end
+
+    def start(self, function, *args):
+        if self.executor is None:
+            return _Later(self, function, args)
+        return _Sent(self.executor.submit(_run, pickle.dumps((function, args))), self.processes)
+
+    def each(self, function, tasks):
+        """(task, function(shared, task)) as they end; tasks hashable."""
+        jobs = {self.start(function, task): task for task in tasks}
+        if self.executor is None:
+            ended = jobs
+        else:
+            sent = {job.future: job for job in jobs}
+            ended = (sent[future] for future in concurrent.futures.as_completed(sent))
+        for job in ended:
+            yield jobs[job], job.result()
+
+
+def _context():
+    """How processes start: never as a fork of this one, whose torch threads would be copied in whatever state they are.
+
+    A server that has imported torch once forks them in no time. Elsewhere than on Linux libraries forbid even that.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo"])       # which every optimiser imports, in two seconds
+    return context
+
+
+class _Later:
+    """A job in this process."""
+
+    def __init__(self, pool, function, args):
+        self.pool, self.function, self.args = pool, function, args
+
+    def result(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self.function(self.pool.shared, *self.args)
+        finally:
+            torch.set_num_threads(before)
+
+
+class _Sent:
+    """A job in another process."""
+
+    def __init__(self, future, processes):
+        self.future, self.processes = future, processes
+
+    def result(self):
+        try:
+            return pickle.loads(self.future.result())
+        except BrokenProcessPool as err:
+            raise OSError(f"one of {self.processes} processes was killed, most likely because memory ran out.\n"
+                          "  Run the same command again with fewer of them: --set WORKERS=1. Finished work is "
+                          "kept.") from err
+
+
+def _begin(shared):
+    global _shared
+    _shared = pickle.loads(shared)
+    torch.set_num_threads(1)
+
+
+def _run(job):
+    function, args = pickle.loads(job)
+    return pickle.dumps(function(_shared, *args))
