@@ -33,6 +33,7 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -126,11 +127,14 @@ class GeneReadout(nn.Module):
         """
         log_size = z.new_zeros(1).expand(*z.shape[:-1], 1)
         if len(self.landmarks):
-            scaled = self.landmarks / BANDWIDTH**2
-            close = nn.functional.linear(z, scaled, -(scaled * self.landmarks).sum(1) / 2)
-            mean = torch.softmax(close, -1) @ torch.cat([self.landmarks, self.log_size[:, None]], 1)
+            mean = torch.softmax(self.closeness(z), -1) @ torch.cat([self.landmarks, self.log_size[:, None]], 1)
             z, log_size = mean[..., :-1], mean[..., -1:]
         return torch.cat([self.P(z), log_size], -1)
+
+    def closeness(self, z):
+        """(..., J) -|z - z_j|^2 / 2 h^2 up to what depends on z alone."""
+        scaled = self.landmarks / BANDWIDTH**2
+        return nn.functional.linear(z, scaled, -(scaled * self.landmarks).sum(1) / 2)
 
     def forward(self, z, genes=slice(None)):
         """(..., latent) -> (..., G) for the genes asked for."""
@@ -553,13 +557,14 @@ def still_likelihood(z, readout, counts, depth, offset, mean, train, out, genes)
 
 
 def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2, kinetic=0.012,
-              held_out=0.1, prior_sd=1.0, times=TIMES, use_head=True, progress=None):
+              held_out=0.1, prior_sd=1.0, times=TIMES, use_head=True, progress=None, rna_only=None, field=None):
     """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
     shapes chosen by noise cost accuracy. Another kernel is first tried from where the first one ended, which is told
     from the better one as well as a fit of its own is, in a third of the time; one that wins gets a fit of its own.
-    Shapes  z (N, 8), counts (N, G)
+    Shapes  z (N, 8), counts (N, G); rna_only (M, G): counts of cells without ATAC, which join the E-steps;
+            field: a function that is given the fit and returns the field to start from
     """
     if epochs < warm:
         raise ValueError(f"EM_EPOCHS={epochs}: at least {warm} epochs come before the first E-step.\n"
@@ -568,13 +573,15 @@ def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, 
     seed = int(torch.randint(2**31, (1,), generator=rng))                       # weights of the field
     depth, mean = size_factors(counts)
     train, out = split_cells(len(z), held_out, rng)
-    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, use_head, progress)
+    rna_only = torch.as_tensor(counts[:0] if rna_only is None else rna_only, dtype=torch.float32)
+    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, use_head, progress, rna_only)
     start = rng.get_state()
 
     def fitted(name):
         rng.set_state(start)                                # every kernel sees the same cells and weights
         torch.manual_seed(seed)
-        return em.run(em.begin(name), rng, epochs, warm, every, lr)
+        flow = em.begin(name)
+        return em.run(flow if field is None else replace(flow, field=field(em)), rng, epochs, warm, every, lr)
     best = first = fitted(kernel or CANDIDATES[0])
     for name in CANDIDATES[1:] if kernel is None else ():
         other = em.run(em.begin(name, first), rng, *TRIAL)
@@ -604,7 +611,14 @@ class _Flow:
 
 @dataclass
 class _EM:
-    """Expectation-maximisation on some paired cells."""
+    """Expectation-maximisation on some paired cells.
+
+        M   v follows the gradient; cells start from z_c, which ATAC alone gives
+        E   P[c, j] ~ exp(-|z_c - z_j|^2 / 2 h^2) prod_g share_jg^counts[c, g]      z_j the readout's landmarks
+            share_jg = mu_g yhat(z_j, g) / sum of it;  then L_g(log tau) from the sums of P counts and P depth per state
+    The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
+    has a flat first factor. Nothing of this is needed or used to predict.
+    """
     z: torch.Tensor
     readout: GeneReadout
     counts: torch.Tensor
@@ -618,6 +632,7 @@ class _EM:
     kinetic: float
     use_head: bool
     progress: object
+    rna_only: torch.Tensor
 
     def begin(self, kernel, after=None):
         """The start of a fit, or what a fit with another kernel has reached, read with this one."""
@@ -626,7 +641,7 @@ class _EM:
             return _Flow(EffendiVectorField(LATENT, 128), kernel, torch.zeros(n_genes), torch.full((n_genes,), 0.8),
                          torch.full((n_genes,), 0.2), torch.zeros(n_genes))
         flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None)
-        return self.e_step(flow, self.exposure(flow), kernel=kernel)
+        return self.e_step(flow, kernel=kernel)
 
     def weights(self, flow):
         return kernel_weights(flow.log_tau.exp(), self.times, flow.kernel)
@@ -639,16 +654,31 @@ class _EM:
                          self.depth, self.mean)
 
     @torch.no_grad()
-    def likelihood(self, flow, rows, offset, kernel=None):
+    def at_landmarks(self, flow, rows):
+        """Paths (T+1, J, 8) of the landmarks; counts (J, G) and exposures (J,) of the cells `rows` expected there."""
+        states = path(flow.field.eval(), self.readout.landmarks, self.times)
+        yhat = predict(states, self.readout, self.weights(flow), flow.A, flow.B)
+        share = self.mean * yhat
+        share = (share / share.sum(1, keepdim=True)).log()
+        counts, exposure = 0.0, 0.0
+        paired = ((self.counts[part], self.readout.closeness(self.z[part])) for part in rows.split(4096))
+        alone = ((part, 0.0) for part in (self.rna_only.split(4096) if len(self.rna_only) else ()))
+        for y, close in (*paired, *alone):
+            P = torch.softmax(close + y @ share.T, 1)
+            counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
+        return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
+
+    @torch.no_grad()
+    def likelihood(self, flow, rows, kernel=None):
         """grid_likelihood of the cells `rows`, and the posterior: L, A, B (G, U), weights (G, U), mean, sd (G,)."""
-        states = path(flow.field.eval(), self.z[rows], self.times)
-        grids = grid_likelihood(states, self.readout, self.counts[rows], offset[rows], self.mean,
-                                kernel or flow.kernel, (flow.A * self.weights(flow).T, flow.B), times=self.times)
+        states, counts, exposure = self.at_landmarks(flow, rows)
+        grids = grid_likelihood(states, self.readout, counts, exposure, self.mean, kernel or flow.kernel,
+                                (flow.A * self.weights(flow).T, flow.B), times=self.times)
         return *grids, *posterior(grids[0], flow.prior, self.prior_sd)
 
-    def e_step(self, flow, offset, damping=1.0, kernel=None):
+    def e_step(self, flow, damping=1.0, kernel=None):
         """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
-        _, a, b, share, centre, sd = self.likelihood(flow, self.train, offset, kernel)
+        _, a, b, share, centre, sd = self.likelihood(flow, self.train, kernel)
         centre = centre - gauge(centre, sd, self.prior_sd)
         return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
                        A=flow.A + damping * ((share * a).sum(1) - flow.A),
@@ -684,7 +714,7 @@ class _EM:
                 continue
             if (epoch - warm) % every == 0:
                 offset = self.exposure(flow)
-                flow = self.e_step(flow, offset, damping=0.7)
+                flow = self.e_step(flow, damping=0.7)
             like = self.likelihood_out(flow)
             history.append((epoch, like.mean().item()))
             if best is None or like.mean() > best.held_out.mean():
@@ -695,8 +725,10 @@ class _EM:
 
     def describe(self, flow, rng):
         """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain."""
-        offset, everyone = self.exposure(flow), torch.arange(len(self.z))
-        like, a, b, share, centre, sd = self.likelihood(flow, everyone, offset)
+        offset = self.exposure(flow)
+        like, a, b, share, centre, sd = self.likelihood(flow, torch.arange(len(self.z)))
+        moving = grid_likelihood(path(flow.field, self.z, self.times), self.readout, self.counts, offset, self.mean,
+                                 flow.kernel, (flow.A * self.weights(flow).T, flow.B), times=self.times)[0]
         own = torch.arange(len(self.mean))
         still, still_gene = still_likelihood(self.z, self.readout, self.counts, self.depth, offset, self.mean,
                                              self.train, self.out, own)
@@ -705,7 +737,8 @@ class _EM:
                                            self.train, self.out, another)
         level = gauge(centre, sd, self.prior_sd).item()
         return DelayFit(flow.field, flow.kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like,
-                        flow.held_out, still, still_gene - foreign_gene, (share * like).sum(1) - still_gene, level,
+                        flow.held_out, still, still_gene - foreign_gene,
+                        (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene, level,
                         flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history])
 
 
@@ -735,13 +768,16 @@ class Result:
     delays: list
 
 
-def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, progress=None, processes=1):
+def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, progress=None, processes=1,
+        rna_only=None):
     """Both stages, `members` times from different weights, held-out cells and batches; delays are averaged.
 
     progress: a function called with 1 whenever a member has ended a stage, for a bar.
     processes: how many members are fitted at a time, one thread each. The result does not depend on it.
+    rna_only (M, G): counts of further cells, of which there is no ATAC.
     """
-    data = dict(x=x, access=access, counts=counts, gene_emb=gene_emb)
+    data = dict(x=x, access=access, counts=counts, gene_emb=gene_emb,
+                rna_only=np.zeros((0, counts.shape[1])) if rna_only is None else rna_only)
     seeds = torch.randint(2**62, (members, 2), generator=rng).tolist()
     with Pool({k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()}, min(processes, members)) as pool:
         anchors, delays = [], []
@@ -763,7 +799,8 @@ def _fit_anchor(data, seed, steps):
 
 def _fit_delay(data, anchor, seed, kernel, epochs):
     rng = torch.Generator().manual_seed(seed)
-    return fit_delay(anchor.z, anchor.readout, data["counts"], rng, kernel, epochs=epochs)
+    return fit_delay(anchor.z, anchor.readout, data["counts"], rng, kernel, epochs=epochs,
+                     rna_only=data["rna_only"])
 
 
 def side_by_side(start, members, kernel):
@@ -802,20 +839,22 @@ class Halves:
     spearman: float                 # over the genes that either half can see
 
 
-def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15, processes=1):
+def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15, processes=1, rna_only=None):
     """Both stages on two disjoint halves of the cells. Errors of either stage are drawn twice."""
-    rows, seeds = draw_halves(len(x), rng)
     data = {k: torch.as_tensor(v, dtype=torch.float32)
-            for k, v in dict(x=x, access=access, counts=counts, gene_emb=gene_emb).items()}
+            for k, v in dict(x=x, access=access, counts=counts, gene_emb=gene_emb,
+                             rna_only=counts[:0] if rna_only is None else rna_only).items()}
+    rows, jobs = draw_halves(data, rng)
     with Pool(data, min(processes, 2)) as pool:
-        jobs = [pool.start(fit_cells, r, seed, kernel, members, steps, epochs) for r, seed in zip(rows, seeds)]
+        jobs = [pool.start(fit_cells, *job, kernel, members, steps, epochs) for job in jobs]
         return compare_halves(rows, [job.result() for job in jobs])
 
 
-def draw_halves(n_cells, rng):
-    """Rows of the two halves, and a seed for each."""
-    order = torch.randperm(n_cells, generator=rng)
-    return [order[::2], order[1::2]], torch.randint(2**62, (2,), generator=rng).tolist()
+def draw_halves(data, rng):
+    """Rows of the two halves, and what fit_cells is told of each: paired rows, rows without ATAC, a seed."""
+    paired, alone = (torch.randperm(len(data[k]), generator=rng) for k in ("x", "rna_only"))
+    rows, seeds = [paired[::2], paired[1::2]], torch.randint(2**62, (2,), generator=rng).tolist()
+    return rows, list(zip(rows, [alone[::2], alone[1::2]], seeds))
 
 
 def compare_halves(rows, fits):
@@ -824,11 +863,12 @@ def compare_halves(rows, fits):
     return Halves(rows, fits, agreement)
 
 
-def fit_cells(data, rows, seed, kernel, members=1, steps=600, epochs=15):
-    """Both stages on some cells of data (x, access, counts, gene_emb), one after another: a job of workers.Pool."""
+def fit_cells(data, rows, alone, seed, kernel, members=1, steps=600, epochs=15):
+    """Both stages on some paired cells of data (x, access, counts, gene_emb, rna_only) and some without ATAC."""
     cells = {k: torch.as_tensor(data[k], dtype=torch.float32)[rows] for k in ("x", "access", "counts")}
     rng = torch.Generator().manual_seed(seed)
-    return fit(**cells, gene_emb=data["gene_emb"], rng=rng, kernel=kernel, members=members, steps=steps, epochs=epochs)
+    return fit(**cells, gene_emb=data["gene_emb"], rng=rng, kernel=kernel, members=members, steps=steps, epochs=epochs,
+               rna_only=torch.as_tensor(data["rna_only"], dtype=torch.float32)[alone])
 
 
 def informed(sd, prior_sd=1.0):
@@ -880,11 +920,11 @@ def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.15):
 def bootstrap_replicate(data, seed, kernel):
     """log tau (G,) of both stages refitted on cells drawn with replacement: a job of workers.Pool.
 
-    data: dict of x, access, counts, gene_emb; kernel: the one that was chosen.
+    data: dict of x, access, counts, gene_emb, rna_only; kernel: the one that was chosen.
     """
     rng = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(data["x"]), (len(data["x"]),), generator=rng)
-    return fit_cells(data, rows, seed, kernel, steps=500, epochs=12).log_tau
+    rows, alone = (torch.randint(max(n, 1), (n,), generator=rng) for n in (len(data["x"]), len(data["rna_only"])))
+    return fit_cells(data, rows, alone, seed, kernel, steps=500, epochs=12).log_tau
 
 
 @torch.no_grad()

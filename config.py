@@ -132,6 +132,7 @@ KERNEL: str | None = None               # exp, shift or gamma; None = exp or shi
 MEMBERS: int = 2                        # fits from different weights and held-out cells, averaged
 ANCHOR_STEPS: int = 800                 # Stage 1: at most so many steps; held-out cells choose
 ANCHOR_CELLS: int = 50_000              # Stage 1 sees at most so many ATAC cells, seeded choice
+RNA_ONLY_CELLS: int = 20_000            # Stage 2.1: cells without ATAC that join the E-steps, at most; 0 = none
 EM_EPOCHS: int = 20                     # Stage 2.1: expectation-maximisation
 MIN_ACCESS: int = 20                    # accessible counts below which a gene has no readout of its own
 CELL_GROUPS: int = 12                   # Stage 2.2: groups of cells whose delays may differ; 1 = none

@@ -42,7 +42,7 @@ SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "TAU_HIDDEN", "TAU_
             "MIN_PAIRED_CELLS")
 ANCHORED_INPUTS = (*INPUTS, "gene_accessibility.npz")
 ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "KERNEL", "MEMBERS", "EM_EPOCHS", "CELL_GROUPS", "BOOTSTRAP",
-                     "HELD_OUT", "MIN_PAIRED_CELLS")
+                     "RNA_ONLY_CELLS", "HELD_OUT", "MIN_PAIRED_CELLS")
 RESUME = "train_delay.resume.pt"
 MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves "
                "them unchanged), so that these delays mean nothing about the genes.")
@@ -54,7 +54,7 @@ def load_paired():
     """The paired cells, their rows joined by barcode and checked.
 
     Returns {"z_atac" (N, 256), "z_R" (N, D), "counts" (N, G) CSR, "depth" (N,), "gene_emb" (G, D),
-             "rows_atac", "genes", "cells", "obs", "held_out" (rows)}
+             "all_counts" (N_r, G) CSR, "rows_rna", "rows_atac", "genes", "cells", "obs", "held_out" (rows)}
     """
     artifacts.same_rows("effendi_rna_emb.npy", "effendi_rna_obs.csv", "gene_expression.npz")
     artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv")
@@ -65,11 +65,11 @@ def load_paired():
                          "genes.\n  Make both again: python precompute_embeddings.py rna --rna FILE")
     rna_obs = artifacts.load_table("effendi_rna_obs.csv")
     rows_rna, rows_atac = effendi_loader.pair(rna_obs, artifacts.load_table("effendi_atac_obs.csv"))
-    obs = rna_obs.iloc[rows_rna]
+    obs, counts = rna_obs.iloc[rows_rna], artifacts.load_sparse("gene_expression.npz")
     return dict(
         z_atac=artifacts.load_array("effendi_atac_emb.npy", (None, config.HYENADNA_D_MODEL))[rows_atac],
         z_R=artifacts.load_array("effendi_rna_emb.npy", (None, config.DIM))[rows_rna],
-        counts=artifacts.load_sparse("gene_expression.npz")[rows_rna], depth=obs["n_counts"].to_numpy(np.float32),
+        counts=counts[rows_rna], all_counts=counts, rows_rna=rows_rna, depth=obs["n_counts"].to_numpy(np.float32),
         gene_emb=artifacts.load_array("gene_embeddings.npy", (None, config.DIM)),
         rows_atac=rows_atac, genes=genes, cells=obs.index, obs=obs, held_out=held_out_cells(obs.index))
 
@@ -197,8 +197,9 @@ def evaluate(model, data, rows, gene_emb):
 def load_anchored():
     """The paired cells with the genes that Stage 1 gave a readout, and Stage 1's members.
 
-    Returns load_paired()'s dictionary with "fitted" (G,) bool, "x" (N, 256), "access" and "y" (N, G') dense,
-    "emb" (G', D) added, and the list of members' states.
+    Returns load_paired()'s dictionary with "fitted" (G,) bool, "x" (N, 256), "access" and "y" (N, G') dense, "emb"
+    (G', D) and "rna_only" (M, G') added, and the list of members' states. rna_only: the RNA of cells that have no
+    partner, an atlas's or the paired file's; RNA_ONLY_CELLS of them at most, a seeded draw.
     """
     data, saved = load_paired(), artifacts.load_model("align_mlp.pt")
     artifacts.same_rows("effendi_atac_emb.npy", "gene_accessibility.npz")
@@ -210,7 +211,13 @@ def load_anchored():
         raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained on other genes than genes.csv names.\n"
                          "  Train it again: python train_vf.py")
     access = artifacts.load_sparse("gene_accessibility.npz")[data["rows_atac"]][:, fitted]
-    return dict(data, fitted=fitted, x=data["z_atac"], access=access.toarray(),
+    alone = np.setdiff1d(np.arange(data["all_counts"].shape[0]), data["rows_rna"])
+    alone = np.sort(np.random.default_rng(config.SEED).permutation(alone)[:config.RNA_ONLY_CELLS])
+    rna_only = data["all_counts"][alone][:, fitted].toarray()
+    rna_only = rna_only[rna_only.sum(1) > 0]
+    if len(alone):
+        print(f"train_delay: {len(rna_only):,} cells without ATAC join the paired ones (RNA_ONLY_CELLS)")
+    return dict(data, fitted=fitted, x=data["z_atac"], access=access.toarray(), rna_only=rna_only,
                 y=data["counts"][:, fitted].toarray(), emb=data["gene_emb"][fitted]), saved["members"]
 
 
@@ -246,7 +253,7 @@ def fit_member(shared, m, kernel):
     rng = anchored.generator(shared["seed"], "delay", m)
     z, readout = shared["members"][m]
     return anchored.fit_delay(z, readout, shared["counts"], rng, kernel, shared["epochs"],
-                              held_out=shared["held_out"])
+                              held_out=shared["held_out"], rna_only=shared["rna_only"])
 
 
 def bootstrap(pool, kernel, done, key):
@@ -332,15 +339,16 @@ def run_anchored():
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
     anchors = [anchored.restore_anchor(m["align"], m["readout"], data["x"], data["emb"]) for m in members]
     done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
-    shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"], seed=config.SEED,
+    shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"],
+                  rna_only=data["rna_only"], seed=config.SEED,
                   members=[(a.z, a.readout) for a in anchors], epochs=config.EM_EPOCHS, held_out=config.HELD_OUT)
     with Pool(shared, config.processes(len(anchors) + 2 + config.BOOTSTRAP)) as pool:
         result = fit_members(pool, anchors, done, key)
         before = build_anchored(result, data, None, None)
         artifacts.save_model("effendi_stage1.pt", {"args": before.args, "state_dict": before.state_dict()}, **facts)
         print(f"train_delay: refitting both stages on two halves of the cells and on {config.BOOTSTRAP} resamples")
-        rows, seeds = anchored.draw_halves(len(data["x"]), anchored.generator(config.SEED, "halves", 0))
-        jobs = [pool.start(anchored.fit_cells, r, seed, result.kernel) for r, seed in zip(rows, seeds)]
+        rows, jobs = anchored.draw_halves(shared, anchored.generator(config.SEED, "halves", 0))
+        jobs = [pool.start(anchored.fit_cells, *job, result.kernel) for job in jobs]
         replicates = bootstrap(pool, result.kernel, done, key)
         halves = anchored.compare_halves(rows, [job.result() for job in jobs])
     gate = anchored.gate(result, halves)

@@ -8,7 +8,7 @@
                 reliability that anchored.modulation found
 
 Deep counts, first-order lags, 3 lineages, 3,000 cells, 400 genes unless the row says otherwise; planted kernel given,
-one member; halves as in the pipeline.
+one member; halves as in the pipeline. Batches are levelled as with BATCH=batch, but for the row "not told".
 
 Run     python benchmarks/bench_unkind.py --seeds 400            about 40 CPU seconds a row
         python benchmarks/bench_unkind.py --rows kind,programs,modulation --seeds 400 401
@@ -35,6 +35,7 @@ ROWS = {
     "unlinked": dict(unlinked=0.3),
     "burn-in": dict(burn_in=0.7),
     "batches": dict(batch_effect=0.3),
+    "not told": dict(batch_effect=0.3, level=False),
     "ambient": dict(ambient=0.2),
     "doublets": dict(doublets=0.1),
     "noise": dict(noise=0.5),

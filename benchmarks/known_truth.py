@@ -104,9 +104,9 @@ def name_of(size, depth, kernel, seed):
     return f"{size}-{depth}-{kernel}-{seed}"
 
 
-def make(size, depth, kernel, seed, **options):
+def make(size, depth, kernel, seed, level=True, **options):
     sim = simulate.simulate(depth=depth, kernel=kernel, seed=seed, **SIZES[size], **options)
-    if sim.population.o.batches > 1:                        # as with BATCH=batch
+    if level and sim.population.o.batches > 1:              # as with BATCH=batch
         level_batches(sim)
     rna, peaks = sim.rna.X, sim.atac.var
     kept = np.asarray((rna > 0).sum(0)).ravel() >= config.MIN_GENE_CELLS
@@ -208,7 +208,7 @@ def intervals(data, args):
         kept = file.with_name(f"{name}.refit{r}.npy")
         if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
             log_tau = anchored.bootstrap_replicate(
-                dict(x=x, access=access, counts=counts, gene_emb=emb),
+                dict(x=x, access=access, counts=counts, gene_emb=emb, rna_only=counts[:0]),
                 train_delay.bootstrap_seed(data.options.seed, r), str(first["kernel_found"]))
             np.save(kept, log_tau.numpy())
         refits.append(np.load(kept))
