@@ -27,8 +27,8 @@ BLOCK_ROWS: int = 2048                  # cells read from disk at a time; bounds
 RNA_FILE: str | None = None             # cells x genes, raw counts (.h5ad)
 ATAC_FILE: str | None = None            # cells x peaks (.h5ad)
 MULTIOME_FILE: str | None = None        # both: 10x filtered_feature_bc_matrix.h5, or .h5mu
-UNPAIRED_RNA_FILE: str | None = None    # an atlas for Stage 1; its cells are never paired
-UNPAIRED_ATAC_FILE: str | None = None
+UNPAIRED_RNA_FILE: str | None = None    # an atlas, whose cells are never paired: RNA for the delays of Stage 2,
+UNPAIRED_ATAC_FILE: str | None = None   # ATAC for the readout of Stage 1
 GTF_FILE: str | None = None             # gene positions, when the files hold none
 TRUTH_FILE: str | None = None           # planted delays of simulated data (truth.csv), for validation only
 # obs column that says which batch a cell belongs to: counts are thinned until every gene and peak has the same mean in

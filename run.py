@@ -8,7 +8,7 @@ training goes on from its last epoch. Run the same command again after any inter
 Run     python run.py                                               simulated data with known delays
         python run.py --rna rna.h5ad --atac atac.h5ad               your data
         python run.py --multiome filtered_feature_bc_matrix.h5      10x multiome, or .h5mu
-        python run.py --rna … --atac … --unpaired-rna a.h5ad --unpaired-atac b.h5ad     Stage 1 on an atlas
+        python run.py --rna … --atac … --unpaired-rna a.h5ad --unpaired-atac b.h5ad     and an atlas
 """
 import fcntl
 import os
@@ -28,8 +28,8 @@ ARGUMENTS = {
     "--rna": dict(dest="RNA_FILE", metavar="H5AD", help="cells x genes, raw counts"),
     "--atac": dict(dest="ATAC_FILE", metavar="H5AD", help="cells x peaks, counts"),
     "--multiome": dict(dest="MULTIOME_FILE", metavar="FILE", help="10x .h5 or .h5mu with both modalities"),
-    "--unpaired-rna": dict(dest="UNPAIRED_RNA_FILE", metavar="H5AD", help="atlas for Stage 1"),
-    "--unpaired-atac": dict(dest="UNPAIRED_ATAC_FILE", metavar="H5AD", help="atlas for Stage 1"),
+    "--unpaired-rna": dict(dest="UNPAIRED_RNA_FILE", metavar="H5AD", help="more RNA cells, for Stage 2's delays"),
+    "--unpaired-atac": dict(dest="UNPAIRED_ATAC_FILE", metavar="H5AD", help="more ATAC cells, for Stage 1"),
     "--gtf": dict(dest="GTF_FILE", metavar="GTF", help="gene positions, if the files hold none"),
     "--genome": dict(dest="GENOME_FILE", metavar="FASTA", help="genome of the peaks, for HyenaDNA"),
     "--truth": dict(dest="TRUTH_FILE", metavar="CSV", help="planted delays, for simulated data"),
@@ -46,7 +46,7 @@ def check_files():
         raise ValueError(f"{missing} is missing: Stage 2 needs RNA and ATAC of the same cells.\n"
                          "  Give both files, or --multiome FILE, or neither for simulated data.")
     if (config.UNPAIRED_RNA_FILE or config.UNPAIRED_ATAC_FILE) and not (config.MULTIOME_FILE or all(pair)):
-        raise ValueError("an unpaired atlas serves Stage 1 only; Stage 2 needs paired cells.\n"
+        raise ValueError("an unpaired atlas alone is not enough: Stage 2 needs paired cells.\n"
                          "  Add --rna and --atac, or --multiome.")
     for name in (*(a["dest"] for a in ARGUMENTS.values()),):
         file = getattr(config, name)

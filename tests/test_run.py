@@ -18,6 +18,7 @@ import torch
 import artifacts
 import config
 import run
+import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--set", "SIM_CELLS=240", "--set", "SIM_GENES=60", "--set", "VF_EPOCHS=3", "--set", "STAGE1_EPOCHS=2",
@@ -185,6 +186,17 @@ def test_refits_over_processes_equal_refits_in_one(finished, tmp_path):
     objective = ["--set", "OBJECTIVE=anchored"]
     run.main([*SMALL, *objective, "--out", str(tmp_path), "--set", "WORKERS=2"])
     equal(contents(tmp_path), contents(finished(objective)))
+
+
+def test_an_atlas_joins_both_stages(tmp_path, capsys):
+    data = tmp_path / "data"
+    simulate.write(simulate.simulate(cells=200, genes=60, seed=1, unpaired=80), data)
+    files = [f"--{name.replace('_', '-')}={data / name}.h5ad"
+             for name in ("rna", "atac", "unpaired_rna", "unpaired_atac")]
+    run.main([*SMALL, *files, "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "280 of 280 ATAC cells" in printed and "80 cells without ATAC join" in printed
+    assert len(artifacts.load_table("gene_tau_estimates.csv")) == 60
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
