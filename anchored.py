@@ -21,7 +21,7 @@ mean log tau = 0 over the genes that carry signal. RNA lags chromatin, so v runs
     ok, why = identifiable(result, access, counts, halves)
 
 or a stage at a time: anchor = fit_anchor(x, access, gene_emb, rng);
-delays = fit_delay(anchor.z, anchor.readout, counts, rng, kernel=None).
+delays = fit_delay(anchor.z, anchor.readout, access, counts, rng, kernel=None).
 
 Shapes  N cells, G genes, T + 1 saved times, U grid values; x (N, 256), access and counts (N, G),
         gene_emb (G, 512), z (N, 8), D (N, G), log_tau (G,)
@@ -127,14 +127,11 @@ class GeneReadout(nn.Module):
         """
         log_size = z.new_zeros(1).expand(*z.shape[:-1], 1)
         if len(self.landmarks):
-            mean = torch.softmax(self.closeness(z), -1) @ torch.cat([self.landmarks, self.log_size[:, None]], 1)
+            scaled = self.landmarks / BANDWIDTH**2
+            close = nn.functional.linear(z, scaled, -(scaled * self.landmarks).sum(1) / 2)
+            mean = torch.softmax(close, -1) @ torch.cat([self.landmarks, self.log_size[:, None]], 1)
             z, log_size = mean[..., :-1], mean[..., -1:]
         return torch.cat([self.P(z), log_size], -1)
-
-    def closeness(self, z):
-        """(..., J) -|z - z_j|^2 / 2 h^2 up to what depends on z alone."""
-        scaled = self.landmarks / BANDWIDTH**2
-        return nn.functional.linear(z, scaled, -(scaled * self.landmarks).sum(1) / 2)
 
     def forward(self, z, genes=slice(None)):
         """(..., latent) -> (..., G) for the genes asked for."""
@@ -324,8 +321,13 @@ def sharpen(align, readout, x, access, depth, mean, train, rng, steps=100, lr=1e
 
 def state_posterior(readout, nodes, access, depth, mean):
     """P[c, j], the probability that cell c is in state nodes[j], all states equally likely before: (N, J)."""
+    return torch.softmax(state_likelihood(readout, nodes, access, depth, mean), 1)
+
+
+def state_likelihood(readout, nodes, access, depth, mean):
+    """log prod_g Poisson(access[c, g]; mu_g s_c D(z_j, g)) up to what the state leaves as it is: (N, J)."""
     rate = mean * readout(nodes).clamp_min(1e-30)                               # (J, G); one zero would be all nan
-    return torch.softmax(access @ rate.log().T - depth[:, None] * rate.sum(1), 1)
+    return access @ rate.log().T - depth[:, None] * rate.sum(1)
 
 
 # --- Stage 2: flow and delays ----------------------------------------------------------------------------------------
@@ -556,25 +558,29 @@ def still_likelihood(z, readout, counts, depth, offset, mean, train, out, genes)
     return cell_likelihood(yhat, counts[out], depth[out], mean), fit_static(everyone)[0]
 
 
-def fit_delay(z, readout, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2, kinetic=0.012,
-              held_out=0.1, prior_sd=1.0, times=TIMES, use_head=True, progress=None, rna_only=None, field=None):
+def fit_delay(z, readout, access, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2,
+              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, use_head=True, progress=None, rna_only=None,
+              field=None):
     """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
     shapes chosen by noise cost accuracy. Another kernel is first tried from where the first one ended, which is told
     from the better one as well as a fit of its own is, in a third of the time; one that wins gets a fit of its own.
-    Shapes  z (N, 8), counts (N, G); rna_only (M, G): counts of cells without ATAC, which join the E-steps;
+    Shapes  z (N, 8), access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which join the E-steps;
             field: a function that is given the fit and returns the field to start from
     """
     if epochs < warm:
         raise ValueError(f"EM_EPOCHS={epochs}: at least {warm} epochs come before the first E-step.\n"
                          "  Leave it at its default.")
-    counts = torch.as_tensor(counts, dtype=torch.float32)
+    access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (access, counts))
     seed = int(torch.randint(2**31, (1,), generator=rng))                       # weights of the field
     depth, mean = size_factors(counts)
     train, out = split_cells(len(z), held_out, rng)
     rna_only = torch.as_tensor(counts[:0] if rna_only is None else rna_only, dtype=torch.float32)
-    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, use_head, progress, rna_only)
+    with torch.no_grad():
+        given_atac = state_likelihood(readout, readout.landmarks, access, *size_factors(access))
+    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, use_head, progress, rna_only,
+             given_atac)
     start = rng.get_state()
 
     def fitted(name):
@@ -614,10 +620,11 @@ class _EM:
     """Expectation-maximisation on some paired cells.
 
         M   v follows the gradient; cells start from z_c, which ATAC alone gives
-        E   P[c, j] ~ exp(-|z_c - z_j|^2 / 2 h^2) prod_g share_jg^counts[c, g]      z_j the readout's landmarks
+        E   P[c, j] ~ p(access[c] | z_j) prod_g share_jg^counts[c, g]               z_j the readout's landmarks
             share_jg = mu_g yhat(z_j, g) / sum of it;  then L_g(log tau) from the sums of P counts and P depth per state
     The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
-    has a flat first factor. Nothing of this is needed or used to predict.
+    has a flat first factor. Nothing of this is needed or used to predict. A factor that is broader than what ATAC says,
+    such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too.
     """
     z: torch.Tensor
     readout: GeneReadout
@@ -633,6 +640,7 @@ class _EM:
     use_head: bool
     progress: object
     rna_only: torch.Tensor
+    given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j)
 
     def begin(self, kernel, after=None):
         """The start of a fit, or what a fit with another kernel has reached, read with this one."""
@@ -661,10 +669,10 @@ class _EM:
         share = self.mean * yhat
         share = (share / share.sum(1, keepdim=True)).log()
         counts, exposure = 0.0, 0.0
-        paired = ((self.counts[part], self.readout.closeness(self.z[part])) for part in rows.split(4096))
+        paired = ((self.counts[part], self.given_atac[part]) for part in rows.split(4096))
         alone = ((part, 0.0) for part in (self.rna_only.split(4096) if len(self.rna_only) else ()))
-        for y, close in (*paired, *alone):
-            P = torch.softmax(close + y @ share.T, 1)
+        for y, given_atac in (*paired, *alone):
+            P = torch.softmax(given_atac + y @ share.T, 1)
             counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
         return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
 
@@ -799,7 +807,7 @@ def _fit_anchor(data, seed, steps):
 
 def _fit_delay(data, anchor, seed, kernel, epochs):
     rng = torch.Generator().manual_seed(seed)
-    return fit_delay(anchor.z, anchor.readout, data["counts"], rng, kernel, epochs=epochs,
+    return fit_delay(anchor.z, anchor.readout, data["access"], data["counts"], rng, kernel, epochs=epochs,
                      rna_only=data["rna_only"])
 
 

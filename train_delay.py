@@ -252,7 +252,7 @@ class Kept:
 def fit_member(shared, m, kernel):
     rng = anchored.generator(shared["seed"], "delay", m)
     z, readout = shared["members"][m]
-    return anchored.fit_delay(z, readout, shared["counts"], rng, kernel, shared["epochs"],
+    return anchored.fit_delay(z, readout, shared["access"], shared["counts"], rng, kernel, shared["epochs"],
                               held_out=shared["held_out"], rna_only=shared["rna_only"])
 
 

@@ -93,7 +93,8 @@ def recoveries(sim, paired):
         start = {}
         if name.startswith("W2"):
             start["field"] = lambda em, z=anchor.z: pretrained(z, atlas, em, anchored.generator(0, "W2"))
-        delay = anchored.fit_delay(anchor.z[:paired], anchor.readout, counts, anchored.generator(0, "delay"), "exp",
+        delay = anchored.fit_delay(anchor.z[:paired], anchor.readout, access[:paired], counts,
+                                   anchored.generator(0, "delay"), "exp",
                                    rna_only=atlas if name.endswith("RNA") else None, **start)
         found[name] = anchored.spearman(delay.log_tau[seen], torch.as_tensor(planted))
     return found

@@ -206,8 +206,9 @@ def test_cells_at_landmarks_keep_their_counts_and_their_depth():
     counts = torch.tensor(counts)
     anchor = anchored.fit_anchor(x, access, emb, generator(), steps=20)
     depth, mean = anchored.size_factors(counts)
+    given_atac = torch.randn(150, len(anchor.readout.landmarks), generator=generator())
     em = anchored._EM(anchor.z, anchor.readout, counts[:150], depth[:150], mean, torch.arange(150), torch.arange(0),
-                      anchored.TIMES, 1.0, 256, 0.0, True, None, counts[150:])
+                      anchored.TIMES, 1.0, 256, 0.0, True, None, counts[150:], given_atac)
     flow = em.begin("exp")
     states, y, exposure = em.at_landmarks(flow, torch.arange(100))
     used = torch.cat([torch.arange(100), torch.arange(150, 200)])       # rows asked for, and all cells without ATAC
@@ -223,7 +224,8 @@ def test_cells_without_atac_improve_delays_from_few_paired_cells():
     for seed in range(4):
         x, access, counts, emb, log_tau = population(seed=seed)
         anchor = anchored.fit_anchor(x, access, emb, generator(), steps=400)
-        found = [anchored.fit_delay(anchor.z[:100], anchor.readout, counts[:100], generator(), "exp", rna_only=more)
+        found = [anchored.fit_delay(anchor.z[:100], anchor.readout, access[:100], counts[:100], generator(), "exp",
+                                    rna_only=more)
                  for more in (None, counts[100:])]
         alone, joined = (anchored.spearman(f.log_tau, torch.tensor(log_tau)) for f in found)
         gain.append(joined - alone)
