@@ -11,6 +11,7 @@ the number of processes. A job of a pool of one process runs when its result is 
 import concurrent.futures
 import multiprocessing
 import pickle
+import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
@@ -96,6 +97,7 @@ class _Sent:
 
 def _begin(shared):
     global _shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the parent hears it, and ends its pool
     _shared = pickle.loads(shared)
     torch.set_num_threads(1)
 

@@ -1,0 +1,63 @@
+"""Pieces of work give the same results in one process and in several; what goes wrong in one of them is told."""
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from workers import Pool
+
+
+def power(shared, exponent):
+    assert torch.get_num_threads() == 1
+    return shared["base"] ** exponent
+
+
+def fail(shared, task):
+    raise ValueError(f"task {task} of {shared['base'].item():g}")
+
+
+def die(shared):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(shared, seconds):
+    time.sleep(seconds)
+
+
+@pytest.fixture(params=[1, 2])
+def pool(request):
+    with Pool({"base": torch.tensor(3.0)}, request.param) as pool:
+        yield pool
+
+
+def test_results_come_back_with_their_tasks_and_threads_stay_as_they_were(pool):
+    before = torch.get_num_threads()
+    assert {task: found.item() for task, found in pool.each(power, [1, 2, 3])} == {1: 3, 2: 9, 3: 27}
+    assert pool.start(power, 4).result() == 81
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_keeps_its_kind_and_its_words(pool):
+    with pytest.raises(ValueError, match="task 5 of 3"):
+        pool.start(fail, 5).result()
+
+
+def test_a_pool_of_one_does_nothing_that_is_not_asked_for():
+    with Pool({"base": torch.tensor(1.0)}) as pool:
+        pool.start(fail, 0)
+
+
+def test_a_killed_process_ends_with_advice():
+    with pytest.raises(OSError, match="--set WORKERS=1"), Pool({}, 2) as pool:
+        pool.start(die).result()
+
+
+def test_an_error_does_not_wait_for_the_jobs_that_run():
+    start = time.time()
+    with pytest.raises(KeyboardInterrupt), Pool({}, 2) as pool:
+        pool.start(sleep, 0).result()                       # the processes are up
+        pool.start(sleep, 60)
+        raise KeyboardInterrupt
+    assert time.time() - start < 40                         # starting takes seconds on a busy machine, sleeping 60
