@@ -400,7 +400,7 @@ class DelayFit:
     field: EffendiVectorField
     kernel: str
     log_tau: torch.Tensor           # (G,) posterior mean in the gauge
-    sd: torch.Tensor                # (G,) posterior standard deviation
+    sd: torch.Tensor                # (G,) posterior standard deviation, readout, flow and states given
     A: torch.Tensor                 # (G,)
     B: torch.Tensor                 # (G,)
     log_like: torch.Tensor          # (G, U) on LOG_TAU, before the gauge
@@ -591,8 +591,8 @@ def fit_delay(z, readout, access, counts, rng, kernel=None, epochs=20, warm=6, e
     best = first = fitted(kernel or CANDIDATES[0])
     for name in CANDIDATES[1:] if kernel is None else ():
         other = em.run(em.begin(name, first), rng, *TRIAL)
-        if z_score(other.held_out - first.held_out) > 2 and other.held_out.mean() > best.held_out.mean():
-            best = fitted(name)
+        if z_score(other.held_out - first.held_out) > 2:
+            best = max(best, fitted(name), key=lambda flow: flow.held_out.mean())
     return em.describe(best, rng)
 
 
@@ -667,7 +667,7 @@ class _EM:
         states = path(flow.field.eval(), self.readout.landmarks, self.times)
         yhat = predict(states, self.readout, self.weights(flow), flow.A, flow.B)
         share = self.mean * yhat
-        share = (share / share.sum(1, keepdim=True)).log()
+        share = (share / share.sum(1, keepdim=True)).clamp_min(1e-30).log()
         counts, exposure = 0.0, 0.0
         paired = ((self.counts[part], self.given_atac[part]) for part in rows.split(4096))
         alone = ((part, 0.0) for part in (self.rna_only.split(4096) if len(self.rna_only) else ()))
@@ -932,6 +932,7 @@ def bootstrap_replicate(data, seed, kernel):
     """
     rng = torch.Generator().manual_seed(seed)
     rows, alone = (torch.randint(max(n, 1), (n,), generator=rng) for n in (len(data["x"]), len(data["rna_only"])))
+    seed = int(torch.randint(2**62, (1,), generator=rng))
     return fit_cells(data, rows, alone, seed, kernel, steps=500, epochs=12).log_tau
 
 

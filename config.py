@@ -201,7 +201,8 @@ def from_args(doc, argv=None, arguments=None):
 
 def processes(pieces):
     """How many processes independent pieces of work get."""
-    return max(1, min(WORKERS or THREADS or os.cpu_count(), pieces))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(WORKERS or THREADS or cores, pieces))
 
 
 def pick_device():

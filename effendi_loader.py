@@ -603,33 +603,37 @@ def selection(have, want):
 
 # --- two modalities -----------------------------------------------------------------------------------------
 
-def batch_shares(totals):
+def batch_shares(totals, least=20):
     """Share (B, F) of the counts of every gene or peak that each batch keeps, so that all have the same mean.
 
         f_bg = log(n_bg / sum_g n_bg) - its mean over batches       n (B, F) counts of the batch
-        keep_bg = exp(min_b f'_bg - f'_bg),   f' = f v / (v + 1 / n_bg)
-    v is the variance of true log folds: that of f less what counting alone gives. A feature with few counts is thus
-    left as it is. Batches are taken to hold the same mixture of cells.
+        keep_bg = exp(min_b f'_bg - f'_bg),   f' = f v / (v + e),   e_bg = (1 - 2 / B) / n_bg + mean_b(1 / n_bg) / B
+    e is the variance that counting alone gives f, v that of the true folds: the mean of f^2 - e over features with at
+    least `least` counts in every batch, since e holds for those only. A feature with few counts is left nearly as it
+    is, and all are where no feature has enough. Batches are taken to hold the same mixture of cells.
     Ref     Haghverdi et al. 2018, Nat Biotechnol 36:421 (batchelor); its rescaleBatches scales down to the same level
     """
     n = np.asarray(totals, np.float64) + 0.5
     fold = np.log(n / n.sum(1, keepdims=True))
     fold -= fold.mean(0)
-    variance = max(np.mean(fold**2 - 1 / n), 0.0)
-    fold *= variance / (variance + 1 / n)
+    noise = (1 - 2 / len(n)) / n + (1 / n).mean(0) / len(n)
+    deep = n.min(0) >= least
+    variance = max(np.mean((fold**2 - noise)[:, deep]), 0.0) if deep.any() else 0.0
+    fold *= variance / (variance + noise)
     return np.exp(fold.min(0) - fold).astype(np.float32)
 
 
-def thin(block, keep, names):
-    """Binomial draw from the counts of a csr (b, F), in place: Poisson counts stay Poisson. keep: b rows of (F,).
+def thin(block, keep, batch, names):
+    """Binomial draw from the counts of a csr (b, F), in place: Poisson counts stay Poisson.
 
-    What a cell keeps depends on its name alone: every pass over a file, whatever its blocks, sees the same counts.
+    keep (B, F) the share that each batch keeps, batch (b,) which one a cell belongs to, names (b,) of the cells. What a
+    cell keeps depends on its name alone: every pass over a file, whatever its blocks, sees the same counts.
     """
     block.sort_indices()
     for i, name in enumerate(names):
         at = slice(block.indptr[i], block.indptr[i + 1])
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        block.data[at] = rng.binomial(block.data[at].astype(np.int64), keep[i][block.indices[at]])
+        block.data[at] = rng.binomial(block.data[at].astype(np.int64), keep[batch[i], block.indices[at]])
     block.eliminate_zeros()
     return block
 

@@ -157,7 +157,8 @@ class Cells:
         self.batch = batch
         print(f"{self.modality}: {len(labels)} batches by {config.BATCH} ({', '.join(f'{n:,}' for n in sizes)} cells), "
               f"taken to hold the same mixture of cells; {1 - (self.shares * totals).sum() / totals.sum():.0%} of the "
-              "counts are left out to level them")
+              "counts are left out to level them"
+              + (" (no difference beyond that of counting)" if (self.shares == 1).all() else ""))
 
     def blocks(self, columns=None, what=None):
         """(slice of the N cells, csr (b, F)), ...; columns (indices of features) narrows it; what names the bar."""
@@ -179,7 +180,7 @@ class Cells:
                 mine = slice(first + skipped + at.start, first + skipped + at.stop)
                 if level:
                     block = block if shared is None else block[:, shared]
-                    block = loader.thin(block, self.shares[self.batch[mine]], self.modality + self.obs.index[mine])
+                    block = loader.thin(block, self.shares, self.batch[mine], self.modality + self.obs.index[mine])
                 yield mine, block if pick is None else block[:, pick]
             first += len(rows)
 

@@ -222,13 +222,14 @@ def load_anchored():
 
 
 def fit_members(pool, anchors, done, key):
-    """Stage 2.1: an anchored.Result over the members, each kept as soon as it is done."""
+    """Stage 2.1: an anchored.Result over the members, kept one by one in their order."""
     kept, delays = done["delays"], []
 
     def start(m, kernel):
         return Kept(kept[m]) if m in kept and kernel in (None, kept[m]["kernel"]) else pool.start(fit_member, m, kernel)
     with tqdm(total=len(anchors), unit="fit", desc="members", leave=False, disable=None) as bar:
-        for m, delay in enumerate(anchored.side_by_side(start, len(anchors), config.KERNEL)):
+        kernel = kept[0]["kernel"] if 0 in kept else config.KERNEL
+        for m, delay in enumerate(anchored.side_by_side(start, len(anchors), kernel)):
             delays.append(delay)
             kept[m] = delay.state()
             artifacts.save_checkpoint(RESUME, key, done)

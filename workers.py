@@ -9,10 +9,14 @@
 the number of processes. A job of a pool of one process runs when its result is asked for, and not before.
 """
 import concurrent.futures
+import contextlib
 import multiprocessing
+import multiprocessing.connection
+import os
 import pickle
 import signal
 import sys
+import threading
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
@@ -23,9 +27,10 @@ class Pool:
         self.shared, self.processes, self.executor = shared, processes, None
         if processes > 1:
             # Pickled here and below: left to multiprocessing, tensors would travel through /dev/shm, which is small
-            # in containers.
+            # in containers. In a list, from which a process takes it: the executor would keep it beside the data.
+            self.others = multiprocessing.active_children()
             self.executor = concurrent.futures.ProcessPoolExecutor(processes, _context(), _begin,
-                                                                   (pickle.dumps(shared),))
+                                                                   ([pickle.dumps(shared)],))
 
     def __enter__(self):
         return self
@@ -34,12 +39,24 @@ class Pool:
         if self.executor is not None:
             self.executor.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children() if error else ():
-                process.terminate()                         # an interrupt must not wait for a fit to end
+                if process not in self.others:
+                    process.terminate()                     # an interrupt must not wait for a fit to end
 
     def start(self, function, *args):
         if self.executor is None:
             return _Later(self, function, args)
-        return _Sent(self.executor.submit(_run, pickle.dumps((function, args))), self.processes)
+        with self._told():
+            return _Sent(self.executor.submit(_run, pickle.dumps((function, args))), self._told)
+
+    @contextlib.contextmanager
+    def _told(self):
+        """What the user can do about a process that was killed."""
+        try:
+            yield
+        except (BrokenProcessPool, BrokenPipeError) as err:
+            raise OSError(f"one of {self.processes} processes was killed, most likely because memory ran out.\n"
+                          "  Run the same command again with fewer of them: --set WORKERS=1. Finished members and "
+                          "refits are kept.") from err
 
     def each(self, function, tasks):
         """(task, function(shared, task)) as they end; tasks hashable."""
@@ -83,23 +100,26 @@ class _Later:
 class _Sent:
     """A job in another process."""
 
-    def __init__(self, future, processes):
-        self.future, self.processes = future, processes
+    def __init__(self, future, told):
+        self.future, self.told = future, told
 
     def result(self):
-        try:
+        with self.told():
             return pickle.loads(self.future.result())
-        except BrokenProcessPool as err:
-            raise OSError(f"one of {self.processes} processes was killed, most likely because memory ran out.\n"
-                          "  Run the same command again with fewer of them: --set WORKERS=1. Finished work is "
-                          "kept.") from err
 
 
 def _begin(shared):
     global _shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # the parent hears it, and ends its pool
-    _shared = pickle.loads(shared)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    _shared = pickle.loads(shared.pop())
     torch.set_num_threads(1)
+
+
+def _end_with_the_parent():
+    """A worker waits for work on a pipe that it holds open itself: without this it would outlive a killed parent."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _run(job):

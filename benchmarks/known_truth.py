@@ -130,7 +130,7 @@ def level_batches(sim):
     batch = pd.factorize(sim.cells.batch)[0]
     for data in (sim.rna, sim.atac):
         totals = np.stack([np.asarray(data.X[batch == b].sum(0)).ravel() for b in range(batch.max() + 1)])
-        data.X = effendi_loader.thin(data.X, effendi_loader.batch_shares(totals)[batch], list(data.obs_names))
+        data.X = effendi_loader.thin(data.X, effendi_loader.batch_shares(totals), batch, list(data.obs_names))
 
 
 def pca(counts, depth):

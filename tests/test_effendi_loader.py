@@ -339,7 +339,7 @@ def batched(spread, cells=2000, genes=200, seed=0):
 
 def test_thinning_levels_the_batches_and_keeps_counts():
     x, batch, shares = batched(0.3)
-    thinned = loader.thin(x.copy(), shares[batch], [f"cell{i}" for i in range(len(batch))])
+    thinned = loader.thin(x.copy(), shares, batch, [f"cell{i}" for i in range(len(batch))])
     # Planted sd 0.3 sqrt 2 = 0.42; what is left is counting noise, sqrt(2 / 500) = 0.06 a column.
     assert log_fold(x, batch).std() > 0.35 and log_fold(thinned, batch).std() < 0.1
     assert (thinned.data == np.rint(thinned.data)).all() and (thinned > x).nnz == 0
@@ -356,6 +356,21 @@ def test_batches_that_differ_by_counting_noise_alone_keep_their_counts():
 def test_a_cell_keeps_the_same_counts_whatever_its_block():
     x, batch, shares = batched(0.3, cells=60)
     names = [f"cell{i}" for i in range(60)]
-    whole = loader.thin(x.copy(), shares[batch], names)
-    parts = [loader.thin(x[a:a + 25].copy(), shares[batch[a:a + 25]], names[a:a + 25]) for a in (0, 25, 50)]
+    whole = loader.thin(x.copy(), shares, batch, names)
+    parts = [loader.thin(x[a:a + 25].copy(), shares, batch[a:a + 25], names[a:a + 25]) for a in (0, 25, 50)]
     assert (whole != sp.vstack(parts)).nnz == 0
+
+
+def test_rare_features_do_not_hide_the_batches_of_the_others():
+    """Peaks of real data: open in 1 % of cells in the median, and in up to half."""
+    rng = np.random.default_rng(0)
+    rate, fold = np.exp(-4.6 + 1.2 * rng.standard_normal(20_000)), np.exp(0.3 * rng.standard_normal((2, 20_000)))
+    totals = rng.poisson(1500 * rate * fold)
+    shares, many = loader.batch_shares(totals), totals.min(0) > 50
+    exact = (fold / fold.sum(0, keepdims=True)).min(0) / (fold / fold.sum(0, keepdims=True)).max(0)
+    assert abs(shares[:, many].min(0).mean() / exact[many].mean() - 1) < 0.05
+    assert (loader.batch_shares(rng.poisson(1500 * rate, (3, 20_000))) > 0.9).all()
+
+
+def test_features_with_few_counts_everywhere_are_left_as_they_are():
+    assert (loader.batch_shares(np.random.default_rng(0).poisson(5, (2, 100))) == 1).all()

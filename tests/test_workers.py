@@ -1,7 +1,10 @@
 """Pieces of work give the same results in one process and in several; what goes wrong in one of them is told."""
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,10 @@ def fail(shared, task):
 
 def die(shared):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def who(shared, task):
+    return os.getpid()
 
 
 def sleep(shared, seconds):
@@ -61,3 +68,22 @@ def test_an_error_does_not_wait_for_the_jobs_that_run():
         pool.start(sleep, 60)
         raise KeyboardInterrupt
     assert time.time() - start < 40                         # starting takes seconds on a busy machine, sleeping 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_processes_end_with_a_parent_that_is_killed():
+    code = ("import test_workers as t; from workers import Pool\n"
+            "if __name__ == '__main__':\n"
+            "    with Pool({}, 2) as pool:\n"
+            "        print(pool.start(t.who, 0).result(), flush=True); pool.start(t.sleep, 600).result()\n")
+    here = Path(__file__).parent
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"})
+    worker = Path(f"/proc/{int(parent.stdout.readline())}")
+    assert worker.exists()
+    parent.kill()
+    parent.wait()
+    end = time.time() + 20                                  # it takes milliseconds; a busy machine may need longer
+    while worker.exists() and "zombie" not in (worker / "status").read_text() and time.time() < end:
+        time.sleep(0.1)
+    assert time.time() < end
