@@ -33,7 +33,6 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -230,8 +229,7 @@ def split_cells(n, share, rng):
     return order[n_out:], order[:n_out]
 
 
-def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out=0.1, hidden=128, check=50,
-               progress=None):
+def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out=0.1, hidden=128, check=50):
     """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
 
     AlignMLP and readout are fitted together first. Then every cell's state is inferred from its accessible genes
@@ -262,8 +260,6 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
                 nll = poisson_nll(depth[out, None] * mean * readout(align(xs[out])), access[out]).item()
             align.train()
             history.append((step, nll))
-            if progress is not None:
-                progress(step - (history[-2][0] if len(history) > 1 else 0))
             if nll < best[0]:
                 best = (nll, step, copy.deepcopy((align.state_dict(), readout.state_dict())))
     nll, step, (state_align, state_readout) = best
@@ -559,15 +555,14 @@ def still_likelihood(z, readout, counts, depth, offset, mean, train, out, genes)
 
 
 def fit_delay(z, readout, access, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2,
-              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, use_head=True, progress=None, rna_only=None,
-              field=None):
+              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, rna_only=None, field=None):
     """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
     shapes chosen by noise cost accuracy. Another kernel is first tried from where the first one ended, which is told
     from the better one as well as a fit of its own is, in a third of the time; one that wins gets a fit of its own.
     Shapes  z (N, 8), access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which join the E-steps;
-            field: a function that is given the fit and returns the field to start from
+            field: a function that is given the _EM and returns the field to start from
     """
     if epochs < warm:
         raise ValueError(f"EM_EPOCHS={epochs}: at least {warm} epochs come before the first E-step.\n"
@@ -579,8 +574,7 @@ def fit_delay(z, readout, access, counts, rng, kernel=None, epochs=20, warm=6, e
     rna_only = torch.as_tensor(counts[:0] if rna_only is None else rna_only, dtype=torch.float32)
     with torch.no_grad():
         given_atac = state_likelihood(readout, readout.landmarks, access, *size_factors(access))
-    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, use_head, progress, rna_only,
-             given_atac)
+    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, rna_only, given_atac)
     start = rng.get_state()
 
     def fitted(name):
@@ -637,8 +631,6 @@ class _EM:
     prior_sd: float
     batch: int
     kinetic: float
-    use_head: bool
-    progress: object
     rna_only: torch.Tensor
     given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j)
 
@@ -691,7 +683,7 @@ class _EM:
         return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
                        A=flow.A + damping * ((share * a).sum(1) - flow.A),
                        B=flow.B + damping * ((share * b).sum(1) - flow.B),
-                       prior=head_means(self.readout.e, centre, sd, self.prior_sd) if self.use_head else flow.prior)
+                       prior=head_means(self.readout.e, centre, sd, self.prior_sd))
 
     @torch.no_grad()
     def likelihood_out(self, flow):
@@ -716,8 +708,6 @@ class _EM:
                 yhat = predict(states, self.readout, weights, flow.A, flow.B)
                 loss = poisson_nll(offset[rows, None] * self.mean * yhat, self.counts[rows]) + self.kinetic * speed_sq
                 descend(loss, opt, schedule)
-            if self.progress is not None:
-                self.progress(1)
             if epoch < warm:
                 continue
             if (epoch - warm) % every == 0:
@@ -776,29 +766,27 @@ class Result:
     delays: list
 
 
-def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, progress=None, processes=1,
-        rna_only=None):
+def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, processes=1, rna_only=None):
     """Both stages, `members` times from different weights, held-out cells and batches; delays are averaged.
 
-    progress: a function called with 1 whenever a member has ended a stage, for a bar.
     processes: how many members are fitted at a time, one thread each. The result does not depend on it.
     rna_only (M, G): counts of further cells, of which there is no ATAC.
     """
-    data = dict(x=x, access=access, counts=counts, gene_emb=gene_emb,
-                rna_only=np.zeros((0, counts.shape[1])) if rna_only is None else rna_only)
+    data = as_data(x, access, counts, gene_emb, rna_only)
     seeds = torch.randint(2**62, (members, 2), generator=rng).tolist()
-    with Pool({k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()}, min(processes, members)) as pool:
-        anchors, delays = [], []
-        for job in [pool.start(_fit_anchor, seed, steps) for seed, _ in seeds]:
-            anchors.append(job.result())
-            if progress is not None:
-                progress(1)
-        for delay in side_by_side(lambda m, name: pool.start(_fit_delay, anchors[m], seeds[m][1], name, epochs),
-                                  members, kernel):
-            delays.append(delay)
-            if progress is not None:
-                progress(1)
+    with Pool(data, min(processes, members)) as pool:
+        jobs = [pool.start(_fit_anchor, seed, steps) for seed, _ in seeds]
+        anchors = [job.result() for job in jobs]
+        delays = list(side_by_side(lambda m, name: pool.start(_fit_delay, anchors[m], seeds[m][1], name, epochs),
+                                   members, kernel))
     return combine(anchors, delays)
+
+
+def as_data(x, access, counts, gene_emb, rna_only=None):
+    """What both stages are fitted to, as float32 tensors: the shared data of a workers.Pool."""
+    data = dict(x=x, access=access, counts=counts, gene_emb=gene_emb,
+                rna_only=counts[:0] if rna_only is None else rna_only)
+    return {k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()}
 
 
 def _fit_anchor(data, seed, steps):
@@ -849,9 +837,7 @@ class Halves:
 
 def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15, processes=1, rna_only=None):
     """Both stages on two disjoint halves of the cells. Errors of either stage are drawn twice."""
-    data = {k: torch.as_tensor(v, dtype=torch.float32)
-            for k, v in dict(x=x, access=access, counts=counts, gene_emb=gene_emb,
-                             rna_only=counts[:0] if rna_only is None else rna_only).items()}
+    data = as_data(x, access, counts, gene_emb, rna_only)
     rows, jobs = draw_halves(data, rng)
     with Pool(data, min(processes, 2)) as pool:
         jobs = [pool.start(fit_cells, *job, kernel, members, steps, epochs) for job in jobs]

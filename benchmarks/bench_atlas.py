@@ -86,16 +86,20 @@ def recoveries(sim, paired):
     atlas = torch.as_tensor(sim.unpaired_rna.X.toarray(), dtype=torch.float32)
     seen = (sim.truth["changes"] & sim.truth["has_link"]).to_numpy(bool)
     planted, found = np.log(sim.truth["tau"].to_numpy()[seen]), {}
+    embedded = {name: embed(data, paired) for name, data in dict(
+        paired=replace(sim, unpaired_atac=None), atlas=sim).items()}
+    anchors = {name: anchored.fit_anchor(x, access, torch.as_tensor(gene_emb), anchored.generator(0, "anchor"))
+               for name, (x, access, _, gene_emb) in embedded.items()}
     for name in COLUMNS:
-        seen_by_1 = replace(sim, unpaired_atac=None) if name == "paired" else sim
-        x, access, counts, gene_emb = (torch.as_tensor(a, dtype=torch.float32) for a in embed(seen_by_1, paired))
-        anchor = anchored.fit_anchor(x, access, gene_emb, anchored.generator(0, "anchor"))
-        start = {}
+        cells = "paired" if name == "paired" else "atlas"
+        anchor, (_, access, counts, _) = anchors[cells], embedded[cells]
+        field = None
         if name.startswith("W2"):
-            start["field"] = lambda em, z=anchor.z: pretrained(z, atlas, em, anchored.generator(0, "W2"))
+            def field(em, z=anchor.z):
+                return pretrained(z, atlas, em, anchored.generator(0, "W2"))
         delay = anchored.fit_delay(anchor.z[:paired], anchor.readout, access[:paired], counts,
-                                   anchored.generator(0, "delay"), "exp",
-                                   rna_only=atlas if name.endswith("RNA") else None, **start)
+                                   anchored.generator(0, "delay"), "exp", field=field,
+                                   rna_only=atlas if name.endswith("RNA") else None)
         found[name] = anchored.spearman(delay.log_tau[seen], torch.as_tensor(planted))
     return found
 

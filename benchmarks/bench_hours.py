@@ -44,9 +44,8 @@ def estimate(result, hours, seed):
 def needed(result, truth):
     """log of the scale that turns relative tau into the planted hours, a mean over genes."""
     used = (truth["changes"] & truth["has_link"]).to_numpy(bool)
-    weight = (1 - result.sd.numpy() ** 2).clip(1e-3)[used]                      # as anchored.gauge
-    gap = (np.log(truth["tau_h"].to_numpy()) - result.log_tau.numpy())[used]
-    return float(weight @ gap / weight.sum())
+    gap = torch.as_tensor(np.log(truth["tau_h"].to_numpy()), dtype=torch.float32) - result.log_tau
+    return float(anchored.gauge(gap[used], result.sd[used], 1.0))
 
 
 def one(seed, hours_per_unit):

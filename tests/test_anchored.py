@@ -208,7 +208,7 @@ def test_cells_at_landmarks_keep_their_counts_and_their_depth():
     depth, mean = anchored.size_factors(counts)
     given_atac = torch.randn(150, len(anchor.readout.landmarks), generator=generator())
     em = anchored._EM(anchor.z, anchor.readout, counts[:150], depth[:150], mean, torch.arange(150), torch.arange(0),
-                      anchored.TIMES, 1.0, 256, 0.0, True, None, counts[150:], given_atac)
+                      anchored.TIMES, 1.0, 256, 0.0, counts[150:], given_atac)
     flow = em.begin("exp")
     states, y, exposure = em.at_landmarks(flow, torch.arange(100))
     used = torch.cat([torch.arange(100), torch.arange(150, 200)])       # rows asked for, and all cells without ATAC
