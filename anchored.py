@@ -5,7 +5,8 @@
     Stage 1   access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g) / T)   ATAC alone, never paired
     Stage 2   counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])              D frozen; v and tau learned; as Poisson
                                        with exposures s_c / S_c from the last E-step, S_c = sum_g mu_g yhat / sum_g mu_g
-    yhat      A_g sum_s W_s(tau_g) D(z_s, g) + B_g,   dz/dt = v(z), z_0 = z, Lip(v) <= 1
+    yhat      A_g sum_s W_s(tau_g) D'(z_s, g) + B_g,  dz/dt = v(z), z_0 = z, Lip(v) <= 1
+    D'        D, or with the peaks of every gene given: those of them that its expression follows (_EM.weigh)
 
 Expression of gene g is what the frozen readout of its own accessibility gives once the state has moved for
 tau_g. Stage 2 is expectation-maximisation: given v, each gene's likelihood is laid out on a grid of log tau
@@ -21,10 +22,10 @@ mean log tau = 0 over the genes that carry signal. RNA lags chromatin, so v runs
     ok, why = identifiable(result, access, counts, halves)
 
 or a stage at a time: anchor = fit_anchor(x, access, gene_emb, rng);
-delays = fit_delay(anchor.z, anchor.readout, access, counts, rng, kernel=None).
+delays = fit_delay(anchor, access, counts, rng, kernel=None).
 
-Shapes  N cells, G genes, T + 1 saved times, U grid values; x (N, 256), access and counts (N, G),
-        gene_emb (G, 512), z (N, 8), D (N, G), log_tau (G,)
+Shapes  N cells, G genes, C peaks of genes, J landmark states, T + 1 saved times, U grid values; x (N, 256),
+        access and counts (N, G), peaks (N, C), gene_emb (G, 512), z (N, 8), D (N, G), log_tau (G,)
 Units   ODE time in the gauge above, never hours
 Ref     Dempster et al. 1977, Maximum likelihood from incomplete data via the EM algorithm
 """
@@ -33,7 +34,9 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -55,6 +58,8 @@ N_LANDMARKS = 400
 N_REFERENCES = 1000                                         # cells that stand for all states of the population
 OWN = 8.0                                                   # learning rate of what belongs to one gene, over the rest's
 NOISE = 0.3                                                 # latent noise under which the readout must hold
+PEAK_SD = 0.7                                               # prior spread of what a peak counts for, 1 = as all others
+FEW = 10.0                                                  # counts below which a peak's share is that over all cells
 
 
 # --- the delay kernel --------------------------------------------------------------------------------------------
@@ -126,11 +131,14 @@ class GeneReadout(nn.Module):
         """
         log_size = z.new_zeros(1).expand(*z.shape[:-1], 1)
         if len(self.landmarks):
-            scaled = self.landmarks / BANDWIDTH**2
-            close = nn.functional.linear(z, scaled, -(scaled * self.landmarks).sum(1) / 2)
-            mean = torch.softmax(close, -1) @ torch.cat([self.landmarks, self.log_size[:, None]], 1)
+            mean = self.near(z) @ torch.cat([self.landmarks, self.log_size[:, None]], 1)
             z, log_size = mean[..., :-1], mean[..., -1:]
         return torch.cat([self.P(z), log_size], -1)
+
+    def near(self, z):
+        """The weights w (..., J) of the landmarks."""
+        scaled = self.landmarks / BANDWIDTH**2
+        return torch.softmax(nn.functional.linear(z, scaled, -(scaled * self.landmarks).sum(1) / 2), -1)
 
     def forward(self, z, genes=slice(None)):
         """(..., latent) -> (..., G) for the genes asked for."""
@@ -170,9 +178,61 @@ class GeneReadout(nn.Module):
         enough = relative.shape[1] >= 30 and len(z) > 1
         self.landmarks, self.log_size = z.clone(), r * (middle.mean() - middle) if enough else torch.zeros(len(z))
 
+    def own(self):
+        """What belongs to one gene each."""
+        return {name: getattr(self, name).detach() for name in ("delta", "p", "q")}
+
     def penalty(self):
         p = self.p + math.log(2)
         return 1e-2 * self.delta.square().mean() + 1e-4 * (p.square().mean() + self.q.square().mean())
+
+
+@dataclass
+class Peaks:
+    """Accessibility of the peaks of genes; those of a gene add up to its accessibility."""
+    counts: sparse.csr_matrix       # (N, C)
+    gene: np.ndarray                # (C,) numbers of genes
+
+    @classmethod
+    def of(cls, counts, gene_names, genes):
+        """Of the peaks (N, C) of genes `gene_names` (C,) those that belong to one of `genes`, which are numbered."""
+        number = {gene: g for g, gene in enumerate(genes)}
+        gene = np.array([number.get(name, -1) for name in gene_names], dtype=np.int64)
+        return cls(counts[:, gene >= 0].tocsr(), gene[gene >= 0])
+
+    def __getitem__(self, cells):
+        return Peaks(self.counts[np.asarray(cells)], self.gene)
+
+
+@dataclass
+class PeakShares:
+    """How the peaks of every gene share its accessibility in the landmark states."""
+    gene: torch.Tensor              # (C,)
+    share: torch.Tensor             # (J, C); those of a gene add up to 1
+
+    def of_genes(self, n_genes):
+        """The numbers of every gene's peaks (G, k), padded with -1."""
+        of_gene = self.gene.argsort(stable=True).split(self.gene.bincount(minlength=n_genes).tolist())
+        return nn.utils.rnn.pad_sequence(of_gene, batch_first=True, padding_value=-1)
+
+
+def share_out(readout, access, depth, mean, peaks, block=4096):
+    """PeakShares: expected counts of the peaks around every landmark, as shares of their gene's.
+
+        n_jp = sum_k K(z_j, z_k) sum_c P[c, k] peaks[c, p],     share_jp = (n_jp + FEW share_p) / (n_jg + FEW)
+    P from the cells' ATAC (state_posterior), K Gaussian of BANDWIDTH, share_p over all cells.
+    """
+    gene, nodes = torch.as_tensor(peaks.gene), readout.landmarks
+    n_genes, expected = len(mean), 0.0
+    for rows in torch.arange(len(access)).split(block):
+        P = state_posterior(readout, nodes, access[rows], depth[rows], mean)
+        expected = expected + torch.from_numpy((peaks.counts[rows.numpy()].T @ P.numpy()).T)
+    expected = torch.exp(-torch.cdist(nodes, nodes).square() / (2 * BANDWIDTH**2)) @ expected
+
+    def of_gene(values):
+        return torch.zeros(*values.shape[:-1], n_genes).index_add(-1, gene, values)[..., gene]
+    total = torch.as_tensor(np.asarray(peaks.counts.sum(0), np.float32)).flatten() + 0.5
+    return PeakShares(gene, (expected + FEW * total / of_gene(total)) / (of_gene(expected) + FEW))
 
 
 @dataclass
@@ -183,10 +243,14 @@ class Anchor:
     nll: float                      # held-out cells, per entry
     steps: int
     history: list                   # (step, held-out nll)
+    peaks: PeakShares | None = None
 
 
-def restore_anchor(align_state, readout_state, x, gene_emb):
-    """An Anchor on the cells x (N, 256) from the saved weights of another one; gene_emb (G, 512) as it was fitted."""
+def restore_anchor(align_state, readout_state, x, gene_emb, peaks=None):
+    """An Anchor on the cells x (N, 256) from the saved weights of another one; gene_emb (G, 512) as it was fitted.
+
+    peaks: the other one's PeakShares as a dict.
+    """
     hidden = align_state["net.0.bias"].shape[0]
     align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(torch.as_tensor(gene_emb))
     readout.landmarks = torch.empty_like(readout_state["landmarks"])
@@ -194,13 +258,23 @@ def restore_anchor(align_state, readout_state, x, gene_emb):
     align.load_state_dict(align_state)
     readout.load_state_dict(readout_state)
     align.eval().requires_grad_(False)
-    return Anchor(align, readout.requires_grad_(False), align(torch.as_tensor(x)), math.nan, 0, [])
+    return Anchor(align, readout.requires_grad_(False), align(torch.as_tensor(x)), math.nan, 0, [],
+                  None if peaks is None else PeakShares(**peaks))
 
 
 def size_factors(counts):
     """Per-cell depth with mean 1 (N,) and per-gene mean (G,)."""
     s = counts.sum(1)
     return (s / s.mean()).clamp_min(1e-3), counts.mean(0).clamp_min(1e-6)
+
+
+def with_own(readout, delta, p, q):
+    """The readout with other parameters of the genes."""
+    new = copy.copy(readout)
+    new._parameters = dict(readout._parameters)
+    for name, value in dict(delta=delta, p=p, q=q).items():
+        setattr(new, name, nn.Parameter(value, requires_grad=False))
+    return new
 
 
 def poisson_nll(mean, counts):
@@ -229,12 +303,13 @@ def split_cells(n, share, rng):
     return order[n_out:], order[:n_out]
 
 
-def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out=0.1, hidden=128, check=50):
+def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out=0.1, hidden=128, check=50,
+               peaks=None):
     """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
 
     AlignMLP and readout are fitted together first. Then every cell's state is inferred from its accessible genes
     (sharpen), which tells it better than its embedding alone, and AlignMLP learns to say the same.
-    Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU
+    Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU, peaks: Peaks
     """
     torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))           # weights and dropout
     x, access, gene_emb = (torch.as_tensor(a, dtype=torch.float32) for a in (x, access, gene_emb))
@@ -274,7 +349,9 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         first.bias -= first.weight @ centre
         z = align(x)
     readout.land(z[train[:N_LANDMARKS]])
-    return Anchor(align, readout, z, nll, step, history)
+    with torch.no_grad():
+        shares = None if peaks is None else share_out(readout, access, depth, mean, peaks)
+    return Anchor(align, readout, z, nll, step, history, shares)
 
 
 def sharpen(align, readout, x, access, depth, mean, train, rng, steps=100, lr=1e-2, align_steps=200, batch=512):
@@ -407,6 +484,13 @@ class DelayFit:
     gauge: float                    # own log tau of the field - log_tau: what the gauge took away
     epoch: int
     history: list                   # (epoch, held-out nats a cell beyond v = 0)
+    own_parameters: dict            # delta, p, q of the readout that expression follows
+    peak_weight: torch.Tensor       # (C,) what every peak counts for, their mean |weight| in a gene being 1
+    peak_sd: torch.Tensor           # (C,) its posterior standard deviation
+
+    def followed(self, readout):
+        """The readout D' that expression follows, from the anchor's D."""
+        return with_own(readout, **self.own_parameters)
 
     def state(self):
         """Plain values and tensors, for a file."""
@@ -521,11 +605,11 @@ def exposures(states, readout, weights, A, B, depth, mean, genes=slice(None), bl
 
 @torch.no_grad()
 def moved(anchor, delay, counts, times=TIMES):
-    """Path (T+1, N, 8) and exposures (N,) of an anchor's cells under a fit, and the genes' mean counts (G,)."""
+    """Path (T+1, N, 8) and exposures (N,) of an anchor's cells under a fit, the genes' mean counts (G,), and D'."""
     depth, mean = size_factors(counts)
-    states = path(delay.field, anchor.z, times)
+    states, readout = path(delay.field, anchor.z, times), delay.followed(anchor.readout)
     weights = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
-    return states, exposures(states, anchor.readout, weights, delay.A, delay.B, depth, mean), mean
+    return states, exposures(states, readout, weights, delay.A, delay.B, depth, mean), mean, readout
 
 
 def cell_likelihood(yhat, counts, depth, mean):
@@ -535,46 +619,43 @@ def cell_likelihood(yhat, counts, depth, mean):
 
 
 @torch.no_grad()
-def still_likelihood(z, readout, counts, depth, offset, mean, train, out, genes):
-    """v = 0: yhat = A D(z_0) + B. Log-likelihood of held-out cells (N_out,), and of all cells per gene (G,).
+def still_cells(z, readout, counts, depth, offset, mean, train, out):
+    """v = 0: yhat = A D(z_0) + B. Log-likelihood of held-out cells (N_out,), with exposures of its own.
 
-    genes (G,): whose readout each gene is given. offset (N,): depth over cell_size, the same for all that is compared
-    gene by gene.
+    offset (N,): exposures to begin with.
     """
-    def fit_static(rows):
-        like, a, b = grid_likelihood(z[None, rows], readout, counts[rows], offset[rows], mean, "exp", times=(0.0,),
-                                     chromatin=genes)
-        return like[:, 0], a[:, 0], b[:, 0]
-    own, everyone, common = torch.ones(len(genes), 1), torch.arange(len(z)), offset
-    for _ in range(2):                                      # held-out cells are predicted with exposures of its own
-        _, a, b = fit_static(train)
-        offset = exposures(z[None], readout, own, a, b, depth, mean, genes)
-    yhat = predict(z[None, out], readout, own, a, b, genes)
-    offset = common
-    return cell_likelihood(yhat, counts[out], depth[out], mean), fit_static(everyone)[0]
+    own = torch.ones(len(mean), 1)
+    for _ in range(2):
+        _, a, b = grid_likelihood(z[None, train], readout, counts[train], offset[train], mean, "exp", times=(0.0,))
+        a, b = a[:, 0], b[:, 0]
+        offset = exposures(z[None], readout, own, a, b, depth, mean)
+    return cell_likelihood(predict(z[None, out], readout, own, a, b), counts[out], depth[out], mean)
 
 
-def fit_delay(z, readout, access, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2,
+def still_genes(z, readout, counts, offset, mean, genes=None):
+    """v = 0: log-likelihood of every gene over the cells (G,).
+
+    genes (G,): whose readout each is given (None = its own).
+    offset (N,): depth over cell_size, the same for all that is compared.
+    """
+    return grid_likelihood(z[None], readout, counts, offset, mean, "exp", times=(0.0,), chromatin=genes)[0][:, 0]
+
+
+def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2,
               kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, rna_only=None, field=None):
     """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
     shapes chosen by noise cost accuracy. Another kernel is first tried from where the first one ended, which is told
     from the better one as well as a fit of its own is, in a third of the time; one that wins gets a fit of its own.
-    Shapes  z (N, 8), access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which join the E-steps;
-            field: a function that is given the _EM and returns the field to start from
+    Shapes  anchor: on the N cells; access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which
+            join the E-steps; field: a function that is given the _EM and returns the field to start from
     """
     if epochs < warm:
         raise ValueError(f"EM_EPOCHS={epochs}: at least {warm} epochs come before the first E-step.\n"
                          "  Leave it at its default.")
-    access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (access, counts))
     seed = int(torch.randint(2**31, (1,), generator=rng))                       # weights of the field
-    depth, mean = size_factors(counts)
-    train, out = split_cells(len(z), held_out, rng)
-    rna_only = torch.as_tensor(counts[:0] if rna_only is None else rna_only, dtype=torch.float32)
-    with torch.no_grad():
-        given_atac = state_likelihood(readout, readout.landmarks, access, *size_factors(access))
-    em = _EM(z, readout, counts, depth, mean, train, out, times, prior_sd, batch, kinetic, rna_only, given_atac)
+    em = _EM.of(anchor, access, counts, rng, held_out, times, prior_sd, batch, kinetic, rna_only)
     start = rng.get_state()
 
     def fitted(name):
@@ -604,6 +685,9 @@ class _Flow:
     A: torch.Tensor
     B: torch.Tensor
     prior: torch.Tensor             # (G,) mean of log tau
+    readout: GeneReadout            # D'
+    peak_weight: torch.Tensor       # (C,)
+    peak_sd: torch.Tensor           # (C,)
     held_out: torch.Tensor | None = None    # (N_out,) log-likelihood of each held-out cell
     epoch: int = 0
     history: tuple = ()             # (epoch, held-out nats a cell)
@@ -633,13 +717,26 @@ class _EM:
     kinetic: float
     rna_only: torch.Tensor
     given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j)
+    peaks: PeakShares | None
+
+    @classmethod
+    def of(cls, anchor, access, counts, rng, held_out=0.1, times=TIMES, prior_sd=1.0, batch=256, kinetic=0.012,
+           rna_only=None):
+        access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (access, counts))
+        rna_only = torch.as_tensor(counts[:0] if rna_only is None else rna_only, dtype=torch.float32)
+        train, out = split_cells(len(counts), held_out, rng)
+        with torch.no_grad():
+            given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, *size_factors(access))
+        return cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
+                   rna_only, given_atac, anchor.peaks)
 
     def begin(self, kernel, after=None):
         """The start of a fit, or what a fit with another kernel has reached, read with this one."""
-        n_genes = len(self.mean)
+        n_genes, n_peaks = len(self.mean), 0 if self.peaks is None else len(self.peaks.gene)
         if after is None:
             return _Flow(EffendiVectorField(LATENT, 128), kernel, torch.zeros(n_genes), torch.full((n_genes,), 0.8),
-                         torch.full((n_genes,), 0.2), torch.zeros(n_genes))
+                         torch.full((n_genes,), 0.2), torch.zeros(n_genes), self.readout, torch.ones(n_peaks),
+                         torch.full((n_peaks,), PEAK_SD))
         flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None)
         return self.e_step(flow, kernel=kernel)
 
@@ -650,14 +747,14 @@ class _EM:
     def exposure(self, flow):
         """(N,) under what has been found so far."""
         flow.field.eval()
-        return exposures(path(flow.field, self.z, self.times), self.readout, self.weights(flow), flow.A, flow.B,
+        return exposures(path(flow.field, self.z, self.times), flow.readout, self.weights(flow), flow.A, flow.B,
                          self.depth, self.mean)
 
     @torch.no_grad()
     def at_landmarks(self, flow, rows):
         """Paths (T+1, J, 8) of the landmarks; counts (J, G) and exposures (J,) of the cells `rows` expected there."""
         states = path(flow.field.eval(), self.readout.landmarks, self.times)
-        yhat = predict(states, self.readout, self.weights(flow), flow.A, flow.B)
+        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
         share = self.mean * yhat
         share = (share / share.sum(1, keepdim=True)).clamp_min(1e-30).log()
         counts, exposure = 0.0, 0.0
@@ -672,7 +769,7 @@ class _EM:
     def likelihood(self, flow, rows, kernel=None):
         """grid_likelihood of the cells `rows`, and the posterior: L, A, B (G, U), weights (G, U), mean, sd (G,)."""
         states, counts, exposure = self.at_landmarks(flow, rows)
-        grids = grid_likelihood(states, self.readout, counts, exposure, self.mean, kernel or flow.kernel,
+        grids = grid_likelihood(states, flow.readout, counts, exposure, self.mean, kernel or flow.kernel,
                                 (flow.A * self.weights(flow).T, flow.B), times=self.times)
         return *grids, *posterior(grids[0], flow.prior, self.prior_sd)
 
@@ -686,9 +783,53 @@ class _EM:
                        prior=head_means(self.readout.e, centre, sd, self.prior_sd))
 
     @torch.no_grad()
+    def weigh(self, flow):
+        """The flow with D', a readout of those peaks of every gene that its expression follows.
+
+            y = B + sum_p (A + d_p) F_p,   F_p = sum_s W_s(tau) D(z_s, g) share_p(z_s)       at the landmarks
+            A ~ N(0.8, 0.5^2), B ~ N(0, 10^2), d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
+            b_p = E[A + d_p] over the posterior of tau, whose evidence has A, B, d integrated out
+            D'(z) ~ sum_p b_p D(z, g) share_p(z), raised where it would be negative
+        Peaks of which expression follows only some, or which repress it, would otherwise bend the delay. Where
+        all act alike, d is small.
+        """
+        explain, courses, weights, variances = self.explainer(flow, self.train), [], [], []
+        for genes in torch.arange(len(self.mean)).split(32):
+            evidence, centre, spread, part = explain(genes, genes)
+            prior = ((LOG_TAU - flow.prior[genes, None]) / self.prior_sd).square() / 2
+            tau = torch.softmax(evidence - prior, 1)[:, None]                   # (g, 1, U)
+            b = tau @ centre                                                    # (g, 1, k)
+            course = torch.einsum("jgk,gk->jg", part, b[:, 0])
+            course = course + (0.02 * course.abs().mean(0) - course.amin(0)).clamp_min(0)
+            courses.append(course / course.mean(0))
+            weights.append(b[:, 0])
+            variances.append((tau @ (spread + (centre - b).square()))[:, 0])
+        peaks, b = self.peaks.of_genes(len(self.mean)), torch.cat(weights)
+        scale = (b.abs() * nn.functional.pad(self.peaks.share.mean(0), (0, 1))[peaks]).sum(1, keepdim=True)
+        real, weight, sd = peaks >= 0, torch.empty_like(flow.peak_weight), torch.empty_like(flow.peak_sd)
+        weight[peaks[real]], sd[peaks[real]] = (b / scale)[real], (torch.cat(variances).sqrt() / scale)[real]
+        return replace(flow, readout=read_as(self.readout, torch.cat(courses, 1)), peak_weight=weight, peak_sd=sd)
+
+    def explainer(self, flow, rows, grid=LOG_TAU):
+        """A function that explains genes by peaks of others: what weigh_peaks says, and these at t = 0 (J, g, k)."""
+        states, counts, exposure = self.at_landmarks(flow, rows)
+        now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B).clamp_min(0.05)     # (J, G)
+        W = kernel_weights(grid.exp(), self.times, flow.kernel)
+        D, near = self.readout(states), self.readout.near(states)               # (T+1, J, G), (T+1, J, J)
+        peaks = self.peaks or PeakShares(torch.arange(len(self.mean)), torch.ones(D.shape[1:]))
+        of_genes, shares = peaks.of_genes(len(self.mean)), nn.functional.pad(peaks.share, (0, 1))
+
+        def explain(genes, whose):
+            share = shares[:, of_genes[whose]]                                  # (J, g, k); of the padding 0
+            part = D[:, :, whose, None] * (near @ share.flatten(1)).unflatten(-1, share.shape[1:])
+            w = self.mean[genes] * exposure[:, None] / now[:, genes]
+            return *weigh_peaks(part, W, w, counts[:, genes] / now[:, genes]), part[0]
+        return explain
+
+    @torch.no_grad()
     def likelihood_out(self, flow):
         states = path(flow.field.eval(), self.z[self.out], self.times)
-        yhat = predict(states, self.readout, self.weights(flow), flow.A, flow.B)
+        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
         return cell_likelihood(yhat, self.counts[self.out], self.depth[self.out], self.mean)
 
     def run(self, flow, rng, epochs, warm, every, lr):
@@ -705,14 +846,17 @@ class _EM:
             weights = self.weights(flow)
             for rows in train[torch.randperm(len(train), generator=rng)].split(self.batch):
                 states, speed_sq = moving_path(field, self.z[rows], self.times)
-                yhat = predict(states, self.readout, weights, flow.A, flow.B)
+                yhat = predict(states, flow.readout, weights, flow.A, flow.B)
                 loss = poisson_nll(offset[rows, None] * self.mean * yhat, self.counts[rows]) + self.kinetic * speed_sq
                 descend(loss, opt, schedule)
             if epoch < warm:
                 continue
             if (epoch - warm) % every == 0:
                 offset = self.exposure(flow)
-                flow = self.e_step(flow, damping=0.7)
+                if self.peaks is not None and flow.readout is self.readout and epoch > warm:
+                    flow = self.e_step(self.weigh(flow))
+                else:
+                    flow = self.e_step(flow, damping=0.7)
             like = self.likelihood_out(flow)
             history.append((epoch, like.mean().item()))
             if best is None or like.mean() > best.held_out.mean():
@@ -722,22 +866,99 @@ class _EM:
         return replace(best, history=history)
 
     def describe(self, flow, rng):
-        """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain."""
+        """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain.
+
+        v = 0 is given the peaks that the moving fit chose. A gene's own chromatin is compared with another's before
+        peaks are weighed, since those of the other are not.
+        """
         offset = self.exposure(flow)
         like, a, b, share, centre, sd = self.likelihood(flow, torch.arange(len(self.z)))
-        moving = grid_likelihood(path(flow.field, self.z, self.times), self.readout, self.counts, offset, self.mean,
+        moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
                                  flow.kernel, (flow.A * self.weights(flow).T, flow.B), times=self.times)[0]
-        own = torch.arange(len(self.mean))
-        still, still_gene = still_likelihood(self.z, self.readout, self.counts, self.depth, offset, self.mean,
-                                             self.train, self.out, own)
+        still = still_cells(self.z, flow.readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
+        still_gene = still_genes(self.z, flow.readout, self.counts, offset, self.mean)
         another = torch.randperm(len(self.mean), generator=rng)
-        _, foreign_gene = still_likelihood(self.z, self.readout, self.counts, self.depth, offset, self.mean,
-                                           self.train, self.out, another)
+        own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)
+                        for genes in (None, another))
         level = gauge(centre, sd, self.prior_sd).item()
         return DelayFit(flow.field, flow.kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like,
-                        flow.held_out, still, still_gene - foreign_gene,
+                        flow.held_out, still, own - foreign,
                         (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene, level,
-                        flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history])
+                        flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history],
+                        flow.readout.own(), flow.peak_weight, flow.peak_sd)
+
+
+def weigh_peaks(part, W, w, wy, amplitude=(0.8, 0.5), offset_sd=10.0):
+    """Log evidence (g, U), mean and variance (g, U, k) of A + d_p of genes at every tau of a grid: _EM.weigh's model.
+
+    Shapes  part (T+1, J, g, k) peaks along the paths, W (U, T+1), w and wy (J, g) precision of y and that times y
+    """
+    S, J, n, k = part.shape
+    flat = part.permute(2, 1, 0, 3).reshape(n, J, S * k)
+    weighted = flat * w.T[..., None]
+    gram = (weighted.mT @ flat).view(n, S, k, S, k).transpose(2, 3)             # (g, S, S, k, k)
+    pairs = (W[:, :, None] * W[:, None]).flatten(1)                             # (U, S S)
+    gram = (pairs @ gram.reshape(n, S * S, k * k)).view(n, -1, k, k)
+    # Variables: B, A, d_1 ... d_k; F of A is the sum of all.
+    mix = torch.cat([torch.ones(k, 1), torch.eye(k)], 1)                        # (k, 1 + k)
+    Q, v = torch.zeros(n, len(W), k + 2, k + 2), torch.zeros(n, len(W), k + 2)
+    Q[..., 0, 0], Q[..., 1:, 1:] = w.sum(0)[:, None], mix.T @ gram @ mix
+    Q[..., 0, 1:] = Q[..., 1:, 0] = W @ weighted.sum(1).view(n, S, k) @ mix
+    v[..., 0], v[..., 1:] = wy.sum(0)[:, None], W @ (flat.mT @ wy.T[..., None]).view(n, S, k) @ mix
+    precision = torch.full((k + 2,), PEAK_SD**-2)
+    precision[0], precision[1] = offset_sd**-2, amplitude[1]**-2
+    v[..., 1] += amplitude[0] * precision[1]
+    Q, v = (Q + torch.diag(precision)).double(), v.double()
+    factor = torch.linalg.cholesky(Q)
+    covariance = torch.cholesky_inverse(factor)
+    centre = (covariance @ v[..., None])[..., 0]
+    evidence = (0.5 * (v * centre).sum(-1) - torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
+                + 0.5 * precision.log().sum())
+    spread = (mix.double() @ covariance[..., 1:, 1:] @ mix.T.double()).diagonal(dim1=-2, dim2=-1)
+    return evidence.float(), (centre[..., 1:] @ mix.T.double()).float(), spread.float()
+
+
+@torch.no_grad()
+def read_as(readout, target, steps=10, penalty=0.1):
+    """The readout with the genes' own delta, p, q such that it says target (J, G) at its landmarks.
+
+    Minimises the readout's Poisson loss and `penalty` times its penalty, gene by gene, by Fisher scoring with the
+    damping of Levenberg and Marquardt.
+    """
+    hidden = readout.hidden(readout.landmarks).double()
+    h = torch.cat([readout.kappa * hidden[:, :-1], torch.ones(len(hidden), 1)], 1)             # (J, K + 1)
+    hh = (h[:, :, None] * h[:, None]).flatten(1)                                # (J, (K + 1)^2)
+    log_size, target = hidden[:, -1:], target.double()
+    K, G = h.shape[1] - 1, target.shape[1]
+    slope, bias, level = readout.e, readout.e @ readout.offset, readout.e @ readout.gain + math.log(4)
+    alone = torch.cat([slope, bias[:, None], level[:, None] - math.log(2)], 1).double()        # without p, q, delta
+    theta = alone + torch.cat([readout.delta, readout.q[:, None], readout.p[:, None] + math.log(2)], 1)
+    ridge = 2 * penalty * torch.cat([torch.full((K,), 1e-2 / K), torch.full((2,), 1e-4)]).double()
+    damping = torch.full((G,), 1e-3, dtype=torch.double)
+
+    def loss(theta):
+        logit = h @ theta[:, :-1].T
+        log_D = theta[:, -1] + nn.functional.logsigmoid(logit) + log_size
+        value = (log_D.exp() - target * log_D).mean(0) + 0.5 * (ridge * (theta - alone).square()).sum(1)
+        return value, torch.sigmoid(-logit), log_D.exp()
+    value, closed, D = loss(theta)
+    for _ in range(steps):
+        error = (D - target) / len(h)
+        gradient = torch.cat([(error * closed).T @ h, error.sum(0)[:, None]], 1) + ridge * (theta - alone)
+        D = D / len(h)
+        H = torch.empty(G, K + 2, K + 2, dtype=torch.double)
+        H[:, :-1, :-1] = ((D * closed.square()).T @ hh).view(G, K + 1, K + 1)
+        H[:, -1, :-1] = H[:, :-1, -1] = (D * closed).T @ h
+        H[:, -1, -1] = D.sum(0)
+        H += torch.diag(ridge)
+        H += torch.diag_embed(damping[:, None] * torch.diagonal(H, dim1=1, dim2=2))
+        trial = theta - torch.linalg.solve(H, gradient)
+        better = loss(trial)[0] < value
+        theta = torch.where(better[:, None], trial, theta)
+        damping = torch.where(better, damping / 5, damping * 10).clamp(1e-6, 1e6)
+        value, closed, D = loss(theta)
+    own = (theta - alone).float()
+    return with_own(readout, own[:, :K], own[:, -1] - math.log(2), own[:, K])
 
 
 def moving_path(field, z, times):
@@ -766,13 +987,14 @@ class Result:
     delays: list
 
 
-def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, processes=1, rna_only=None):
+def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, processes=1, rna_only=None,
+        peaks=None):
     """Both stages, `members` times from different weights, held-out cells and batches; delays are averaged.
 
     processes: how many members are fitted at a time, one thread each. The result does not depend on it.
-    rna_only (M, G): counts of further cells, of which there is no ATAC.
+    rna_only (M, G): counts of further cells, of which there is no ATAC; peaks: Peaks.
     """
-    data = as_data(x, access, counts, gene_emb, rna_only)
+    data = as_data(x, access, counts, gene_emb, rna_only, peaks)
     seeds = torch.randint(2**62, (members, 2), generator=rng).tolist()
     with Pool(data, min(processes, members)) as pool:
         jobs = [pool.start(_fit_anchor, seed, steps) for seed, _ in seeds]
@@ -782,20 +1004,21 @@ def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epo
     return combine(anchors, delays)
 
 
-def as_data(x, access, counts, gene_emb, rna_only=None):
-    """What both stages are fitted to, as float32 tensors: the shared data of a workers.Pool."""
+def as_data(x, access, counts, gene_emb, rna_only=None, peaks=None):
+    """What both stages are fitted to, as float32 tensors and Peaks: the shared data of a workers.Pool."""
     data = dict(x=x, access=access, counts=counts, gene_emb=gene_emb,
                 rna_only=counts[:0] if rna_only is None else rna_only)
-    return {k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()}
+    return {k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()} | {"peaks": peaks}
 
 
 def _fit_anchor(data, seed, steps):
-    return fit_anchor(data["x"], data["access"], data["gene_emb"], torch.Generator().manual_seed(seed), steps=steps)
+    return fit_anchor(data["x"], data["access"], data["gene_emb"], torch.Generator().manual_seed(seed), steps=steps,
+                      peaks=data["peaks"])
 
 
 def _fit_delay(data, anchor, seed, kernel, epochs):
     rng = torch.Generator().manual_seed(seed)
-    return fit_delay(anchor.z, anchor.readout, data["access"], data["counts"], rng, kernel, epochs=epochs,
+    return fit_delay(anchor, data["access"], data["counts"], rng, kernel, epochs=epochs,
                      rna_only=data["rna_only"])
 
 
@@ -835,9 +1058,10 @@ class Halves:
     spearman: float                 # over the genes that either half can see
 
 
-def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15, processes=1, rna_only=None):
+def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15, processes=1, rna_only=None,
+               peaks=None):
     """Both stages on two disjoint halves of the cells. Errors of either stage are drawn twice."""
-    data = as_data(x, access, counts, gene_emb, rna_only)
+    data = as_data(x, access, counts, gene_emb, rna_only, peaks)
     rows, jobs = draw_halves(data, rng)
     with Pool(data, min(processes, 2)) as pool:
         jobs = [pool.start(fit_cells, *job, kernel, members, steps, epochs) for job in jobs]
@@ -858,11 +1082,12 @@ def compare_halves(rows, fits):
 
 
 def fit_cells(data, rows, alone, seed, kernel, members=1, steps=600, epochs=15):
-    """Both stages on some paired cells of data (x, access, counts, gene_emb, rna_only) and some without ATAC."""
+    """Both stages on some paired cells of data (as_data) and some without ATAC."""
     cells = {k: torch.as_tensor(data[k], dtype=torch.float32)[rows] for k in ("x", "access", "counts")}
     rng = torch.Generator().manual_seed(seed)
     return fit(**cells, gene_emb=data["gene_emb"], rng=rng, kernel=kernel, members=members, steps=steps, epochs=epochs,
-               rna_only=torch.as_tensor(data["rna_only"], dtype=torch.float32)[alone])
+               rna_only=torch.as_tensor(data["rna_only"], dtype=torch.float32)[alone],
+               peaks=None if data["peaks"] is None else data["peaks"][rows])
 
 
 def informed(sd, prior_sd=1.0):
@@ -914,7 +1139,7 @@ def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.15):
 def bootstrap_replicate(data, seed, kernel):
     """log tau (G,) of both stages refitted on cells drawn with replacement: a job of workers.Pool.
 
-    data: dict of x, access, counts, gene_emb, rna_only; kernel: the one that was chosen.
+    data: as_data; kernel: the one that was chosen.
     """
     rng = torch.Generator().manual_seed(seed)
     rows, alone = (torch.randint(max(n, 1), (n,), generator=rng) for n in (len(data["x"]), len(data["rna_only"])))
@@ -923,20 +1148,22 @@ def bootstrap_replicate(data, seed, kernel):
 
 
 @torch.no_grad()
-def chromatin_lead(anchor, delay, counts, rng, others=9, prior_sd=1.0, times=TIMES):
+def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0):
     """Nats by which a gene's own chromatin, moved by the flow, beats the best of some other genes' (G,).
 
-        log sum_u exp(L_g(u) - u^2 / 2) of its own readout, less the largest of the same with another's
-    A gene that follows other chromatin than its own leads one time in others + 1, and its delay means nothing.
+        log sum_u exp(E_g(u) - u^2 / 2)       E the evidence of weigh_peaks, less the largest with another's peaks
+    Whosever they are, peaks are weighed anew to explain the gene. A gene that follows other chromatin than its own
+    leads one time in others + 1, and its delay means nothing.
     """
-    states, offset, mean = moved(anchor, delay, counts, times)
-    grid = LOG_TAU[::4]
+    em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)
+    n = len(em.mean)
+    flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, torch.zeros(n),
+                 delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
+    explain, grid = em.explainer(flow, torch.arange(len(counts)), LOG_TAU[::4]), LOG_TAU[::4]
 
-    def evidence(genes):
-        like = grid_likelihood(states, anchor.readout, counts, offset, mean, delay.kernel, times=times,
-                               chromatin=genes, grid=grid)[0]
-        return torch.logsumexp(like - (grid / prior_sd).square() / 2, 1)
-    n = len(mean)
+    def evidence(whose):
+        return torch.cat([torch.logsumexp(explain(genes, whose[genes])[0] - (grid / prior_sd).square() / 2, 1)
+                          for genes in torch.arange(n).split(32)])
     best = torch.full((n,), -torch.inf)
     for _ in range(others):
         another = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=rng)) % n      # never its own
@@ -954,7 +1181,7 @@ def identifiable(result, access, counts, halves=None, least_counts=100, least_ch
     few = torch.minimum(access.sum(0), counts.sum(0)) < least_counts
     tests = [("too few counts", few), ("flat accessibility", change < least_change),
              ("likelihood flat in tau", ~informed(result.sd)), ("v = 0 as good", result.gene_gain < least_gain)]
-    lead = torch.stack([chromatin_lead(a, d, counts, generator(seed, "other genes", m))
+    lead = torch.stack([chromatin_lead(a, d, access, counts, generator(seed, "other genes", m))
                         for m, (a, d) in enumerate(zip(result.anchors, result.delays))]).mean(0)
     tests.append(("another gene's chromatin as good", lead <= 0))
     if halves is not None:
@@ -1027,14 +1254,14 @@ def group_shift(anchor, delay, counts, labels, n_groups, prior_sd=0.5, times=TIM
     The mean over genes is the flow's pace in that group, not a property of any gene.
     """
     counts = torch.as_tensor(counts, dtype=torch.float32)
-    states, offset, mean = moved(anchor, delay, counts, times)
-    hidden = anchor.readout.hidden(states)
+    states, offset, mean, readout = moved(anchor, delay, counts, times)
+    hidden = readout.hidden(states)
     weights = kernel_weights(LOG_TAU.exp(), times, delay.kernel)
     member = torch.nn.functional.one_hot(labels, n_groups).float()
     like = []
     for start in range(0, counts.shape[1], block):
         genes = slice(start, min(start + block, counts.shape[1]))
-        level, shape = anchor.readout.parts(hidden, genes)
+        level, shape = readout.parts(hidden, genes)
         f = (weights @ (level * shape).flatten(1)).view(len(weights), *shape.shape[1:])             # (U, N, g)
         f.mul_(delay.A[genes]).add_(delay.B[genes])
         score = f.log().mul_(counts[:, genes]).sub_(f.mul_(offset[:, None] * mean[genes]))

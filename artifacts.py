@@ -141,7 +141,8 @@ _ATAC = "python precompute_embeddings.py atac --atac FILE"
 MADE_BY = {         # how a file's name starts -> the command that makes it; the first match counts
     "effendi_rna_": _RNA, "genes.": _RNA, "gene_expression": _RNA, "rna_encoder": _RNA,
     "effendi_atac_": _ATAC, "peak": _ATAC, "atac_encoder": _ATAC,
-    "gene_tau": "python train_delay.py", "gene_": "python precompute_embeddings.py genes",
+    "gene_tau": "python train_delay.py", "gene_peak_weights": "python train_delay.py",
+    "gene_": "python precompute_embeddings.py genes",
     "align_mlp": "python train_vf.py", "vector_field": "python train_vf.py",
     "effendi": "python train_delay.py",
 }

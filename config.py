@@ -54,6 +54,7 @@ GENE_WINDOW: int = 100_000              # bp beyond the gene body whose peaks co
 # bp over which a distal peak's weight falls by e; 2 to 100 kb were compared by how well change in accessibility
 # follows change in expression on a real time course (Spearman 0.63 at 2 kb, 0.647 at 5, 0.655 at 50, 0.64 at 100)
 GENE_DECAY: float = 50_000.0
+PEAKS_PER_GENE: int = 8                 # peaks of a gene that may count differently, strongest first; 0 = none
 MIN_PAIRED_CELLS: int = 50              # fewer shared barcodes than this is an error
 
 # --- encoders --------------------------------------------------------------------------------------------------

@@ -726,6 +726,28 @@ def gene_peak_weights(peaks, genes, window, decay):
     return sp.csr_matrix(parts, shape=(len(peaks), len(genes)))
 
 
+def peaks_of_genes(weights, totals, most):
+    """The `most` peaks that contribute most to the accessibility of each gene, and all its others as one.
+
+    weights (P, G) as gene_peak_weights gives them, totals (P,) counts of the peaks
+    -> csr (P, C) that turns counts into contributions, gene (C,) and peak (C,), -1 where several are taken together;
+    genes in order, a gene's strongest peak first. The contributions of a gene's peaks add up to its accessibility.
+    """
+    entries = weights.tocoo()
+    found = np.asarray(totals)[entries.row] > 0
+    peak, gene, weight = entries.row[found], entries.col[found], entries.data[found]
+    order = np.lexsort((peak, -weight * np.asarray(totals)[peak], gene))
+    peak, gene, weight = peak[order], gene[order], weight[order]
+    first = np.flatnonzero(np.append(True, gene[1:] != gene[:-1]))[:len(gene)]
+    rank = np.arange(len(gene)) - np.repeat(first, np.diff(np.append(first, len(gene))))
+    number = np.cumsum(rank <= most) - 1                    # of the column
+    columns = int(number[-1]) + 1 if len(number) else 0
+    alone = np.bincount(number, minlength=columns) == 1
+    starts = np.flatnonzero(rank <= most)
+    return (sp.csr_matrix((weight, (peak, number)), (len(totals), columns)), gene[starts],
+            np.where(alone, peak[starts], -1))
+
+
 def promoter_share(peaks, genes, shift=0):
     """Share of genes (with a position) that have a peak within 2 kb of their TSS moved by shift bp."""
     known = genes[genes["start"].notna()]

@@ -2,7 +2,8 @@
 
     rna     log-normalise, choose genes, embed the cells        z_R (N_r, 512), gene counts (N_r, G)
     atac    choose peaks, embed the cells                       z_ATAC (N_a, 256)
-    genes   accessibility and embeddings of the chosen genes    (N_a, G), (G, 512); after the other two
+    genes   accessibility of the chosen genes and their peaks, embeddings of the genes
+                                                                (N_a, G), (N_a, C), (G, 512); after the other two
 
 The cells of a modality are rows of one array: those of the paired file (source "paired"), then those of the atlas,
 if one is given (source "atlas", names "atlas:barcode"). Pairing comes later, by barcode, among the paired.
@@ -17,7 +18,8 @@ Reads   --rna/--atac or --multiome, --unpaired-rna/--unpaired-atac; each file tw
 Writes  rna    effendi_rna_emb.npy, effendi_rna_obs.csv (.pkl for notebooks), genes.csv, gene_expression.npz,
                rna_encoder.pt
         atac   effendi_atac_emb.npy, effendi_atac_obs.csv (.pkl), peaks.csv, peak_embeddings.npy, atac_encoder.pt
-        genes  gene_accessibility.npz, gene_embeddings.npy, gene_encoder.pt (the last for the PCA encoder)
+        genes  gene_accessibility.npz, gene_peaks.npz, gene_peaks.csv, gene_embeddings.npy, gene_encoder.pt (the last
+               for the PCA encoder)
 Run     python precompute_embeddings.py rna --rna rna.h5ad --max-cells 200000
         torchrun --nproc_per_node=2 precompute_embeddings.py atac --atac atac.h5ad --genome hg38.fa
 """
@@ -50,7 +52,7 @@ RNA_FILES = ("effendi_rna_emb.npy", "effendi_rna_obs.csv", "effendi_rna_obs.pkl"
              "rna_encoder.pt")
 ATAC_FILES = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "effendi_atac_obs.pkl", "peaks.csv",
               "peak_embeddings.npy", "atac_encoder.pt")
-GENE_FILES = ("gene_accessibility.npz", "gene_embeddings.npy")
+GENE_FILES = ("gene_accessibility.npz", "gene_peaks.npz", "gene_peaks.csv", "gene_embeddings.npy")
 PCA_GENE_FILES = ("gene_encoder.pt",)
 WEIGHTS = {                 # encoder -> (setting with its folder, files it needs, each under one of several names)
     "scgpt": ("SCGPT_MODEL_DIR", (("args.json",), ("vocab.json",), ("best_model.pt",))),
@@ -647,8 +649,8 @@ def genes():
     of_rna, of_atac = artifacts.record("rna_encoder.pt"), artifacts.record("atac_encoder.pt")
     alone = not (config.ATAC_FILE or config.MULTIOME_FILE)
     files = must_exist(of_atac["inputs"]) if alone else input_files("atac")
-    key = artifacts.stage_key("genes", {**files, **{name: artifacts.path(name) for name in (
-        "genes.csv", "rna_encoder.pt", "effendi_atac_obs.csv")}}, ("GENE_WINDOW", "GENE_DECAY", "BATCH"))
+    inputs = files | {name: artifacts.path(name) for name in ("genes.csv", "rna_encoder.pt", "effendi_atac_obs.csv")}
+    key = artifacts.stage_key("genes", inputs, ("GENE_WINDOW", "GENE_DECAY", "PEAKS_PER_GENE", "BATCH"))
     pca = of_rna["encoder"] == "pca"
     if artifacts.is_done(key, *GENE_FILES, *(PCA_GENE_FILES if pca else ())):
         return print("precompute_embeddings genes: up to date")
@@ -666,7 +668,7 @@ def genes():
     print(f"{near:.0%} of the genes with a position have a peak within 2 kb of their TSS; {shifted:.0%} have one "
           f"{SHIFT // 1000} kb away" + ("" if near > 1.2 * shifted else
           ". Promoters should stand out: are genes and peaks of one genome build?"))
-    spool = accessibility(cells, table)
+    spool, of_peaks, peaks = accessibility(cells, table)
     never = table.index[sum(np.bincount(block.indices, minlength=len(table)) for _, block in spool.blocks()) == 0]
     nowhere = table.index[table["start"].isna()]
     print(f"accessibility is zero for {len(nowhere):,} genes without a position (first: {', '.join(nowhere[:3])}) and "
@@ -677,6 +679,9 @@ def genes():
     embedded = embed_genes_pca(spool, obs, table, of_rna) if pca else None
     artifacts.save("gene_accessibility.npz", spool.write_npz, rows=len(spool), shape=[len(spool), len(table)],
                    ids=artifacts.hash_ids(obs.index), columns=artifacts.hash_ids(table.index), **facts)
+    artifacts.save("gene_peaks.npz", of_peaks.write_npz, rows=len(of_peaks), shape=[len(of_peaks), len(peaks)],
+                   ids=artifacts.hash_ids(obs.index), **facts)
+    artifacts.save_table("gene_peaks.csv", peaks, **facts)
     if pca:
         emb, encoder, space = embedded
         facts |= dict(encoder="pca", space=space)
@@ -686,17 +691,42 @@ def genes():
         save_scgpt_genes(table, facts)
         for name in (PCA_GENE_FILES[0], PCA_GENE_FILES[0] + ".json"):       # of an earlier run with the PCA
             artifacts.path(name).unlink(missing_ok=True)
-    print(f"precompute_embeddings genes: {len(table):,} genes in {len(obs):,} cells, {time.time() - start:.0f} s -> "
-          f"{config.OUT_DIR}/gene_accessibility.npz, gene_embeddings.npy")
+    print(f"precompute_embeddings genes: {len(table):,} genes with {len(peaks):,} peaks in {len(obs):,} cells, "
+          f"{time.time() - start:.0f} s -> {config.OUT_DIR}/gene_accessibility.npz, gene_peaks.npz, "
+          "gene_embeddings.npy")
 
 
 def accessibility(cells, table):
-    """Gene accessibility (N_a, G), on disk: counts of the peaks that all files have times the peak-gene weights."""
-    spool = loader.Spool(len(table))
+    """Gene accessibility (N_a, G) and what each peak of a gene contributes to it (N_a, C), both on disk, and these
+    peaks as a table: counts of the peaks that all files have times the peak-gene weights."""
     weights = loader.gene_peak_weights(cells.features, table, config.GENE_WINDOW, config.GENE_DECAY)
-    for _, block in cells.blocks(what="gene accessibility"):
-        spool.append((block @ weights).sorted_indices())
-    return spool
+    near = np.flatnonzero(np.diff(weights.indptr))
+    weights, features = weights[near], cells.features.iloc[near]
+    counts, access, totals = loader.Spool(len(near)), loader.Spool(len(table)), np.zeros(len(near))
+    for _, block in cells.blocks(near, "gene accessibility"):
+        counts.append(block)
+        access.append((block @ weights).sorted_indices())
+        totals += np.asarray(block.sum(0)).ravel()
+    columns, gene, peak = loader.peaks_of_genes(weights, totals, config.PEAKS_PER_GENE)
+    parts = loader.Spool(columns.shape[1])
+    for _, block in counts.blocks():
+        parts.append((block @ columns).sorted_indices())
+    return access, parts, table_of_peaks(features, table, columns, totals, gene, peak)
+
+
+def table_of_peaks(features, table, columns, totals, gene, peak):
+    """gene_peaks.csv: the columns of gene_peaks.npz. A gene's weaker peaks are one row, named "others"."""
+    one = np.where(peak < 0, 0, peak)
+    middle = (features["start"].to_numpy() + features["end"].to_numpy())[one] / 2
+    of_gene = table.iloc[gene]
+    minus = (of_gene["strand"] == "-").to_numpy()
+    tss = np.where(minus, of_gene["end"], of_gene["start"])
+    contribution = totals @ columns
+    return pd.DataFrame(dict(
+        gene=of_gene.index, peak=np.where(peak < 0, "others", features.index.to_numpy()[one]),
+        tss_distance=np.where(peak < 0, np.nan, np.where(minus, tss - middle, middle - tss)),
+        share=(contribution / np.bincount(gene, contribution, len(table))[gene]).round(4)),
+        index=pd.RangeIndex(1, len(gene) + 1, name="row"))
 
 
 def same_scgpt(weights):

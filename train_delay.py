@@ -10,9 +10,9 @@ OBJECTIVE = "specification"
     Stage 2.2   the same, and v_theta learns at STAGE2_LR_VF
 
 Reads   effendi_{rna,atac}_emb.npy with their obs tables, gene_expression.npz, genes.csv, gene_embeddings.npy,
-        align_mlp.pt, vector_field_frozen.pt; anchored: gene_accessibility.npz
+        align_mlp.pt, vector_field_frozen.pt; anchored: gene_accessibility.npz, gene_peaks.npz, gene_peaks.csv
 Writes  effendi_stage1.pt (after 2.1), effendi_final.pt, effendi.pt, gene_tau_estimates.csv, effendi.h5ad,
-        train_delay_curve.csv
+        train_delay_curve.csv; anchored: gene_peak_weights.csv
 Run     python train_delay.py --set STAGE2_EPOCHS=5
 """
 import time
@@ -40,9 +40,10 @@ SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "TAU_HIDDEN", "TAU_
             "STAGE1_EPOCHS", "STAGE2_EPOCHS", "STAGE1_LR", "STAGE2_LR_VF", "BATCH_SIZE", "W_ODE", "W_RECON",
             "W_TAU", "W_REVERSE", "EXPLODE_NORM", "N_STEPS", "N_STEPS_BAR", "TAU_MAX", "HELD_OUT",
             "MIN_PAIRED_CELLS")
-ANCHORED_INPUTS = (*INPUTS, "gene_accessibility.npz")
+ANCHORED_INPUTS = (*INPUTS, "gene_accessibility.npz", "gene_peaks.npz", "gene_peaks.csv")
+ANCHORED_OUTPUTS = (*OUTPUTS, "gene_peak_weights.csv")
 ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "KERNEL", "MEMBERS", "EM_EPOCHS", "CELL_GROUPS", "BOOTSTRAP",
-                     "RNA_ONLY_CELLS", "HELD_OUT", "MIN_PAIRED_CELLS")
+                     "RNA_ONLY_CELLS", "HELD_OUT", "MIN_PAIRED_CELLS", "PEAKS_PER_GENE")
 RESUME = "train_delay.resume.pt"
 MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves "
                "them unchanged), so that these delays mean nothing about the genes.")
@@ -198,11 +199,11 @@ def load_anchored():
     """The paired cells with the genes that Stage 1 gave a readout, and Stage 1's members.
 
     Returns load_paired()'s dictionary with "fitted" (G,) bool, "x" (N, 256), "access" and "y" (N, G') dense, "emb"
-    (G', D) and "rna_only" (M, G') added, and the list of members' states. rna_only: the RNA of cells that have no
-    partner, an atlas's or the paired file's; RNA_ONLY_CELLS of them at most, a seeded draw.
+    (G', D), "peaks" (Peaks or None) and "rna_only" (M, G') added, and the list of members' states. rna_only: the RNA of
+    cells that have no partner, an atlas's or the paired file's; RNA_ONLY_CELLS of them at most, a seeded draw.
     """
     data, saved = load_paired(), artifacts.load_model("align_mlp.pt")
-    artifacts.same_rows("effendi_atac_emb.npy", "gene_accessibility.npz")
+    artifacts.same_rows("effendi_atac_emb.npy", "gene_accessibility.npz", "gene_peaks.npz")
     if "members" not in saved:
         raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained under OBJECTIVE specification.\n"
                          "  Train it again: python train_vf.py")
@@ -211,6 +212,8 @@ def load_anchored():
         raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained on other genes than genes.csv names.\n"
                          "  Train it again: python train_vf.py")
     access = artifacts.load_sparse("gene_accessibility.npz")[data["rows_atac"]][:, fitted]
+    peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[data["rows_atac"]],
+                              artifacts.load_table("gene_peaks.csv")["gene"], saved["genes"])
     alone = np.setdiff1d(np.arange(data["all_counts"].shape[0]), data["rows_rna"])
     alone = np.sort(np.random.default_rng(config.SEED).permutation(alone)[:config.RNA_ONLY_CELLS])
     rna_only = data["all_counts"][alone][:, fitted].toarray()
@@ -218,6 +221,7 @@ def load_anchored():
     if len(alone):
         print(f"train_delay: {len(rna_only):,} cells without ATAC join the paired ones (RNA_ONLY_CELLS)")
     return dict(data, fitted=fitted, x=data["z_atac"], access=access.toarray(), rna_only=rna_only,
+                peaks=peaks if config.PEAKS_PER_GENE else None,
                 y=data["counts"][:, fitted].toarray(), emb=data["gene_emb"][fitted]), saved["members"]
 
 
@@ -252,8 +256,7 @@ class Kept:
 
 def fit_member(shared, m, kernel):
     rng = anchored.generator(shared["seed"], "delay", m)
-    z, readout = shared["members"][m]
-    return anchored.fit_delay(z, readout, shared["access"], shared["counts"], rng, kernel, shared["epochs"],
+    return anchored.fit_delay(shared["members"][m], shared["access"], shared["counts"], rng, kernel, shared["epochs"],
                               held_out=shared["held_out"], rna_only=shared["rna_only"])
 
 
@@ -289,7 +292,7 @@ def build_anchored(result, data, groups, shift):
                             len(first.readout.landmarks), config.N_STEPS)
     for member, anchor, delay in zip(model.members, result.anchors, result.delays):
         member.align.load_state_dict(anchor.align.state_dict())
-        member.readout.load_state_dict(anchor.readout.state_dict())
+        member.readout.load_state_dict(delay.followed(anchor.readout).state_dict())
         member.field.net.load_state_dict(delay.field.net.state_dict())
         member.log_tau, member.A, member.B = delay.log_tau + delay.gauge, delay.A, delay.B
     model.mean = torch.from_numpy(data["y"]).mean(0)
@@ -317,6 +320,17 @@ def anchored_table(result, low, high, ok, why, tau, data):
     return table.sort_values("tau")
 
 
+def peak_weights_table(delays, genes):
+    """gene_peak_weights.csv: gene_peaks.csv with what each peak counts for, mean over members and its sd."""
+    table = artifacts.load_table("gene_peaks.csv")
+    table = table[table["gene"].isin(genes)]
+    if config.PEAKS_PER_GENE == 0:
+        return table.assign(weight=1.0, sd=0.0)
+    weight, sd = (torch.stack([getattr(d, name) for d in delays]) for name in ("peak_weight", "peak_sd"))
+    spread = (sd.square().mean(0) + weight.var(0, correction=0)).sqrt()
+    return table.assign(weight=weight.mean(0).numpy(), sd=spread.numpy()).round({"weight": 4, "sd": 4})
+
+
 def whole_output(out, table, data):
     """The model's output widened from the fitted genes to all: the rest get their tau and their mean expression."""
     fitted, n = data["fitted"], len(data["cells"])
@@ -329,7 +343,7 @@ def whole_output(out, table, data):
 def run_anchored():
     key = artifacts.stage_key("train_delay", {name: artifacts.existing(name) for name in ANCHORED_INPUTS},
                               ANCHORED_SETTINGS)
-    if artifacts.is_done(key, *OUTPUTS):
+    if artifacts.is_done(key, *ANCHORED_OUTPUTS):
         return print("train_delay: up to date")
     if config.BOOTSTRAP < 0 or config.BOOTSTRAP == 1:
         raise ValueError(f"BOOTSTRAP={config.BOOTSTRAP}: a spread needs at least 2 refits.\n"
@@ -338,11 +352,11 @@ def run_anchored():
     data, members = load_anchored()
     device = config.pick_device()
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
-    anchors = [anchored.restore_anchor(m["align"], m["readout"], data["x"], data["emb"]) for m in members]
+    anchors = [anchored.restore_anchor(m["align"], m["readout"], data["x"], data["emb"], m["peaks"]) for m in members]
     done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
     shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"],
-                  rna_only=data["rna_only"], seed=config.SEED,
-                  members=[(a.z, a.readout) for a in anchors], epochs=config.EM_EPOCHS, held_out=config.HELD_OUT)
+                  rna_only=data["rna_only"], peaks=data["peaks"], seed=config.SEED, members=anchors,
+                  epochs=config.EM_EPOCHS, held_out=config.HELD_OUT)
     with Pool(shared, config.processes(len(anchors) + 2 + config.BOOTSTRAP)) as pool:
         result = fit_members(pool, anchors, done, key)
         before = build_anchored(result, data, None, None)
@@ -369,9 +383,10 @@ def run_anchored():
     history = [dict(member=m + 1, epoch=epoch, gain_over_v0=gain) for m, d in enumerate(result.delays)
                for epoch, gain in d.history]
     seconds = time.time() - start
-    save_results(model, table, whole_output(out, table, data), data, history,
-                 dict(facts, seconds=round(seconds, 1), metrics=metrics, meaning=meaning(gate, ok, data)),
-                 data["genes"].index[data["fitted"]], data["emb"])
+    facts |= dict(seconds=round(seconds, 1), metrics=metrics, meaning=meaning(gate, ok, data))
+    genes = data["genes"].index[data["fitted"]]
+    artifacts.save_table("gene_peak_weights.csv", peak_weights_table(result.delays, genes), **facts)
+    save_results(model, table, whole_output(out, table, data), data, history, facts, genes, data["emb"])
     artifacts.drop_checkpoint(RESUME)
     print(f"train_delay: {meaning(gate, ok, data)}")
     print(f"train_delay: {len(data['cells'])} cells, kernel {result.kernel}, relative tau {table.tau.min():.2f}-"
@@ -421,7 +436,10 @@ def encoders():
 
 
 def save_results(model, table, out, data, history, facts, genes, gene_emb):
-    """All artifacts of Stage 2; genes and gene_emb (G', D) are those the model itself was fitted to."""
+    """The artifacts of Stage 2 that both objectives have.
+
+    genes and gene_emb (G', D) are those the model itself was fitted to.
+    """
     model = model.cpu()
     weights = {"args": model.args, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}}
     artifacts.save_model("effendi_final.pt", weights, **facts)

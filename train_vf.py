@@ -8,8 +8,8 @@ OBJECTIVE = "specification": AlignMLP and v_theta, so that the ATAC cloud, carri
     Both clouds are drawn from independently, and their rows are first put into an order that depends on their
     values alone, so that no pairing can leak in through the row number.
 
-Reads   effendi_atac_emb.npy (N, 256); anchored: gene_accessibility.npz (N, G), gene_embeddings.npy (G, 512);
-        specification: effendi_rna_emb.npy (M, 512)
+Reads   effendi_atac_emb.npy (N, 256); anchored: gene_accessibility.npz (N, G), gene_peaks.npz (N, C),
+        gene_embeddings.npy (G, 512); specification: effendi_rna_emb.npy (M, 512)
 Writes  align_mlp.pt, vector_field_frozen.pt, train_vf_curve.csv
 Run     python train_vf.py --set VF_EPOCHS=5
 """
@@ -38,9 +38,10 @@ OUTPUTS = ("align_mlp.pt", "vector_field_frozen.pt", "train_vf_curve.csv")
 SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "N_PROJ_W2", "VF_EPOCHS", "VF_LR", "BATCH_SIZE",
             "W_REVERSE", "EXPLODE_NORM", "N_STEPS_BAR", "HELD_OUT")
 RESUME = "train_vf.resume.pt"
-ANCHORED_INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz", "genes.csv",
-                   "gene_embeddings.npy")
-ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "MEMBERS", "ANCHOR_STEPS", "ANCHOR_CELLS", "MIN_ACCESS")
+ANCHORED_INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz", "gene_peaks.npz",
+                   "gene_peaks.csv", "genes.csv", "gene_embeddings.npy")
+ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "MEMBERS", "ANCHOR_STEPS", "ANCHOR_CELLS", "MIN_ACCESS",
+                     "PEAKS_PER_GENE")
 EVAL_CELLS = 1000           # cells of each held-out cloud in a reported SW2; sorting them is quick
 
 
@@ -127,9 +128,10 @@ def evaluate(model, atac, rna, directions):
 # --- Stage 1 of the identifiable model ------------------------------------------------------------------------
 
 def load_accessibility():
-    """ATAC embedding (N, 256), accessibility (N, G') and embeddings (G', 512) of the genes that have chromatin, and
-    their names. At most ANCHOR_CELLS cells, paired ones first, by a seeded draw."""
-    artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz")
+    """ATAC embedding (N, 256), accessibility (N, G') and embeddings (G', 512) of the genes that have chromatin, their
+    names, and their Peaks (or None). At most ANCHOR_CELLS cells, paired ones first, by a seeded draw."""
+    artifacts.same_rows("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz", "gene_peaks.npz")
+    artifacts.same_rows("gene_accessibility.npz", "gene_peaks.npz", "gene_peaks.csv", field="key")
     artifacts.same_rows("genes.csv", "gene_embeddings.npy")
     genes, obs = artifacts.load_table("genes.csv"), artifacts.load_table("effendi_atac_obs.csv")
     if artifacts.record("gene_accessibility.npz")["columns"] != artifacts.record("genes.csv")["ids"]:
@@ -145,17 +147,21 @@ def load_accessibility():
                          "genome build, or lower MIN_ACCESS.")
     print(f"train_vf: {seen.sum():,} of {len(genes):,} genes have accessibility of their own; {len(rows):,} of "
           f"{len(obs):,} ATAC cells")
+    names = list(genes.index[seen])
+    peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[rows],
+                              artifacts.load_table("gene_peaks.csv")["gene"], names)
     return (artifacts.load_array("effendi_atac_emb.npy", (None, config.HYENADNA_D_MODEL))[rows],
-            access[:, seen].toarray(), artifacts.load_array("gene_embeddings.npy", (None, config.DIM))[seen],
-            list(genes.index[seen]))
+            access[:, seen].toarray(), artifacts.load_array("gene_embeddings.npy", (None, config.DIM))[seen], names,
+            peaks if config.PEAKS_PER_GENE else None)
 
 
 def fit_member(shared, member):
     """One member of Stage 1 as plain values and tensors: a job of workers.Pool."""
     rng = anchored.generator(shared["seed"], "anchor", member)
-    anchor = anchored.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"])
+    anchor = anchored.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"],
+                                 peaks=shared["peaks"])
     return {"align": anchor.align.state_dict(), "readout": anchor.readout.state_dict(), "steps": anchor.steps,
-            "nll": anchor.nll, "history": anchor.history}
+            "nll": anchor.nll, "history": anchor.history, "peaks": anchor.peaks and vars(anchor.peaks)}
 
 
 def run_anchored():
@@ -165,10 +171,10 @@ def run_anchored():
     if artifacts.is_done(key, *OUTPUTS):
         return print("train_vf: up to date")
     start = time.time()
-    x, access, gene_emb, genes = load_accessibility()
+    x, access, gene_emb, genes, peaks = load_accessibility()
     saved = artifacts.load_checkpoint(RESUME, key) or {}
     left = [m for m in range(config.MEMBERS) if m not in saved]
-    shared = dict(x=x, access=access, gene_emb=gene_emb, steps=config.ANCHOR_STEPS, seed=config.SEED)
+    shared = dict(x=x, access=access, gene_emb=gene_emb, peaks=peaks, steps=config.ANCHOR_STEPS, seed=config.SEED)
     bar = tqdm(total=config.MEMBERS, initial=len(saved), unit="fit", desc="members", leave=False, disable=None)
     with bar, Pool(shared, config.processes(len(left))) as pool:
         for member, found in pool.each(fit_member, left):

@@ -8,7 +8,8 @@ enough for groups. Groups are the genes that bulk RNA of the same treatment call
     lag    = timing of RNA - timing of chromatin = 1.5 (f_chromatin(1 h) - f_RNA(1 h))
     lead   = (m(1 h) - m(0)) - f_RNA(1 h) (m(3 h) - m(0))      of chromatin, signed by the direction of RNA
 
-Chromatin is Effendi's readout D(z, g) at t = 0, mean over members; beside it the plain counts near the gene.
+Chromatin is Stage 1's readout D(z, g) at t = 0, which has seen no RNA, mean over members; beside it the plain counts
+near the gene.
 Intervals (95 %) resample cells within collection times and genes. Permuted ATAC: chromatin of other cells, drawn
 anew, with everything else as it was. A lag divides by the chromatin's change, which permuted ATAC does not have:
 p compares leads, which are lags times that change. Signs of a lag are biased by noise alone, so that 50 % is no
@@ -61,27 +62,24 @@ def fit_run():
 
 
 def load():
-    """{"model", "genes", "x" (N, 256), "z_R", "hours" (N,), "access" and "counts" (N, G),
+    """{"model", "stage1" [Anchor], "genes", "x" (N, 256), "z_R", "hours" (N,), "access" and "counts" (N, G),
     "depth" (N,), "groups" {name: (G,) bool}, "bulk"}"""
     import anndata
     model, saved = inference.load_effendi(artifacts.path("effendi.pt"))
     cells, genes = anndata.read_h5ad(artifacts.path("effendi.h5ad")), saved["genes"]
     rows = pd.Index(artifacts.load_table("effendi_atac_obs.csv").index).get_indexer(cells.obs_names)
     columns = artifacts.load_table("genes.csv").index.get_indexer(genes)
+    x = torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32))
+    stage1 = [anchored.restore_anchor(m["align"], m["readout"], x, saved["gene_emb"])
+              for m in artifacts.load_model("align_mlp.pt")["members"]]
     bulk = pd.read_csv(BULK, sep="\t").set_index("gene.name")
     calls = bulk["gene.regulation"].reindex(genes).to_numpy()
     groups = {"up": calls == "up-regulated", "down": calls == "down-regulated"}
-    return dict(model=model, genes=genes, x=torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32)),
+    return dict(model=model, stage1=stage1, genes=genes, x=x,
                 z_R=np.asarray(cells.obsm["z_R"]), hours=cells.obs["time_h"].to_numpy(float),
                 access=artifacts.load_sparse("gene_accessibility.npz")[rows][:, columns].toarray(),
                 counts=cells[:, genes].X.toarray(), depth=cells.obs["n_counts"].to_numpy(float),
                 groups=groups | {"other": ~(groups["up"] | groups["down"])}, bulk=bulk)
-
-
-@torch.no_grad()
-def readout(model, x):
-    """D(z, g) of every cell (N, G), mean over members."""
-    return torch.stack([m.readout(m.align(x)) for m in model.members]).mean(0).numpy()
 
 
 # --- timing -----------------------------------------------------------------------------------------------------
@@ -162,13 +160,11 @@ def own_gain(data, rng):
     """{group: (genes,)} nats by which a gene's RNA, over all cells, prefers its own readout to another's; v = 0."""
     counts = torch.from_numpy(data["counts"])
     depth, mean = anchored.size_factors(counts)
-    everyone, gains = torch.arange(len(counts)), {name: [] for name in data["groups"]}
-    for member in data["model"].members:
-        z = member.align(data["x"])
+    gains = {name: [] for name in data["groups"]}
+    for anchor in data["stage1"]:
 
-        def likelihood(genes, z=z, member=member):
-            return anchored.still_likelihood(z, member.readout, counts, depth, depth, mean, everyone, everyone,
-                                             genes)[1].numpy()
+        def likelihood(genes, anchor=anchor):
+            return anchored.still_genes(anchor.z, anchor.readout, counts, depth, mean, genes).numpy()
 
         own = likelihood(torch.arange(counts.shape[1]))
         for _ in range(OTHERS):
@@ -315,7 +311,7 @@ def main(argv=None):
         return print(f"a549_groups: not run: data absent ({CELLS}, {BULK})")
     fit_run()
     data, rng = load(), np.random.default_rng(config.SEED)
-    data["D"] = readout(data["model"], data["x"])
+    data["D"] = torch.stack([anchor.readout(anchor.z) for anchor in data["stage1"]]).mean(0).numpy()
     every = np.ones(len(data["x"]))
     results = {"Effendi readout": lags(data, data["D"], every, rng),
                "plain counts": lags(data, data["access"], data["access"].sum(1), rng)}

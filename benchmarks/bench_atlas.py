@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from scipy import sparse  # noqa: E402
 
 import anchored  # noqa: E402
 import config  # noqa: E402
@@ -34,7 +35,8 @@ COLUMNS = ("paired", "+ ATAC", "+ RNA", "W2", "W2 + RNA")
 
 
 def embed(sim, paired):
-    """LSI of all ATAC cells, gene accessibility of all, and gene embeddings from the paired cells, as in Stage 0."""
+    """Data of anchored.fit as Stage 0 makes it: LSI, accessibility and peaks of all ATAC cells, counts and gene
+    embeddings from the paired ones."""
     atac = [sim.atac[:paired], *([sim.unpaired_atac] if sim.unpaired_atac is not None else [])]
     blocks = [a.X.tocsr().astype(np.float32) for a in atac]
     peaks = list(sim.atac.var_names)
@@ -42,13 +44,15 @@ def embed(sim, paired):
     x = linear.pad(np.vstack([linear.lsi_transform(b, encoder) for b in blocks]), config.HYENADNA_D_MODEL)
     weights = loader.gene_peak_weights(sim.atac.var, sim.rna.var, config.GENE_WINDOW, config.GENE_DECAY)
     access = np.vstack([(b @ weights).toarray() for b in blocks])
+    totals = np.asarray(sum(b.sum(0) for b in blocks)).ravel()
+    near, gene, _ = loader.peaks_of_genes(weights, totals, config.PEAKS_PER_GENE)
     counts = sim.rna.X[:paired].toarray()
-    return x, access, counts, stage0.gene_embeddings(loadings(counts), loadings(access[:paired]))
+    return anchored.as_data(x, access, counts, stage0.gene_embeddings(loadings(counts), loadings(access[:paired])),
+                            peaks=anchored.Peaks(sparse.vstack([b @ near for b in blocks], "csr"), gene))
 
 
 def loadings(counts):
-    import scipy.sparse as sp
-    counts = sp.csr_matrix(counts)
+    counts = sparse.csr_matrix(counts)
     depth = np.asarray(counts.sum(1)).ravel()
     blocks = [(counts, depth)]
     encoder = linear.fit_pca(lambda: blocks, range(counts.shape[1]), float(np.median(depth)), stage0.RANK, 0)
@@ -88,16 +92,16 @@ def recoveries(sim, paired):
     planted, found = np.log(sim.truth["tau"].to_numpy()[seen]), {}
     embedded = {name: embed(data, paired) for name, data in dict(
         paired=replace(sim, unpaired_atac=None), atlas=sim).items()}
-    anchors = {name: anchored.fit_anchor(x, access, torch.as_tensor(gene_emb), anchored.generator(0, "anchor"))
-               for name, (x, access, _, gene_emb) in embedded.items()}
+    anchors = {name: anchored.fit_anchor(data["x"], data["access"], data["gene_emb"], anchored.generator(0, "anchor"),
+                                         peaks=data["peaks"]) for name, data in embedded.items()}
     for name in COLUMNS:
         cells = "paired" if name == "paired" else "atlas"
-        anchor, (_, access, counts, _) = anchors[cells], embedded[cells]
+        anchor, data = anchors[cells], embedded[cells]
         field = None
         if name.startswith("W2"):
             def field(em, z=anchor.z):
                 return pretrained(z, atlas, em, anchored.generator(0, "W2"))
-        delay = anchored.fit_delay(anchor.z[:paired], anchor.readout, access[:paired], counts,
+        delay = anchored.fit_delay(replace(anchor, z=anchor.z[:paired]), data["access"][:paired], data["counts"],
                                    anchored.generator(0, "delay"), "exp", field=field,
                                    rna_only=atlas if name.endswith("RNA") else None)
         found[name] = anchored.spearman(delay.log_tau[seen], torch.as_tensor(planted))

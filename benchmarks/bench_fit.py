@@ -36,17 +36,16 @@ def main():
     torch.set_num_threads(1)
     known_truth.SIZES["own"] = dict(cells=args.cells, genes=args.genes)
     data, _ = known_truth.make("own", "shallow", "exp", args.seed)
-    x, access, counts, emb = known_truth.tensors(data)
+    cells = known_truth.tensors(data)
     planted = torch.as_tensor(np.log(data.truth.tau.to_numpy())[data.used])
     for processes in args.processes:
         start = time.time()
-        found = anchored.fit(x, access, counts, emb, anchored.generator(args.seed, "fit"), processes=processes)
+        found = anchored.fit(**cells, rng=anchored.generator(args.seed, "fit"), processes=processes)
         rho = anchored.spearman(found.log_tau[torch.as_tensor(data.used)], planted)
-        print(f"{len(x):,} cells x {len(emb):,} genes, {processes} processes: fit {time.time() - start:.1f} s, "
-              f"Spearman {rho:.3f}", flush=True)
+        print(f"{args.cells:,} cells x {len(data.truth):,} genes, {processes} processes: fit "
+              f"{time.time() - start:.1f} s, Spearman {rho:.3f}", flush=True)
         if args.refits:
             start = time.time()
-            cells = dict(x=x, access=access, counts=counts, gene_emb=emb, rna_only=counts[:0])
             with Pool(cells, processes) as pool:
                 done = len(list(pool.each(refit, list(range(args.refits)))))
             seconds = time.time() - start

@@ -52,9 +52,7 @@ def one(seed, hours_per_unit):
     """(log scale, its sd, log of the true scale) of one time course."""
     sim = simulate.simulate(CELLS, GENES, kernel="exp", depth="deep", seed=seed, hours_per_unit=hours_per_unit,
                             collection_times=COURSES[hours_per_unit])
-    x, access, counts, gene_emb = embed(sim, CELLS)
-    result = anchored.fit(x, access, counts, torch.as_tensor(gene_emb, dtype=torch.float32),
-                          anchored.generator(seed, "fit"), "exp")
+    result = anchored.fit(**embed(sim, CELLS), rng=anchored.generator(seed, "fit"), kernel="exp")
     return *estimate(result, sim.rna.obs["time_h"].to_numpy(float), seed), needed(result, sim.truth)
 
 

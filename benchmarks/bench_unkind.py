@@ -1,7 +1,9 @@
 """Where recovery breaks: planted delays under every unkind option of simulate.py, one at a time.
 
-    Spearman    of estimated and planted log tau, over genes whose accessibility changes and drives expression
+    Spearman    of estimated and planted log tau, over genes whose accessibility changes and drives expression; whole:
+                with the mean delay from opening to expression, late enhancers included
     rmse, slope     of log tau after the gauge; of estimated on planted log tau
+    peaks       Spearman of found and planted weight over the peaks of those genes where peaks differ in what they do
     gate        open or closed; identifiable: share of genes marked so, and of the unlinked ones where there are any
     modulation  Spearman, over genes and lineages, of planted and estimated difference of log tau between lineages (the
                 mean over a lineage's cells after the branch), and its standard deviation: planted, estimated; r the
@@ -54,18 +56,32 @@ def lineage_means(shift, labels, cells):
     return means - means.mean(1, keepdims=True)
 
 
+def planted_weights(data, sim):
+    """(C,) what expression gets from a peak over what accessibility gets, nan where several are one."""
+    peaks, names = sim.peaks.iloc[data.peak], data.truth.index.to_numpy()
+    own = peaks.gene.to_numpy() == names[data.peaks.gene]
+    effect = (peaks.effect / peaks.weight).to_numpy() * np.where(peaks.repressive, -1, 1)
+    return np.where(data.peak < 0, np.nan, np.where(own, effect, 0.0))
+
+
 def run(seed, options):
     data, sim = known_truth.make("main", "deep", "exp", seed, **options)
-    x, access, counts, emb = known_truth.tensors(data)
-    result = anchored.fit(x, access, counts, emb, anchored.generator(seed, "fit"), "exp", members=1)
-    halves = anchored.split_half(x, access, counts, emb, anchored.generator(seed, "halves"), "exp")
-    gate = anchored.gate(result, halves)
-    ok, used = anchored.identifiable(result, access, counts, halves)[0].numpy(), data.used
+    cells = known_truth.tensors(data)
+    result = anchored.fit(**cells, rng=anchored.generator(seed, "fit"), kernel="exp", members=1)
+    halves = anchored.split_half(**cells, rng=anchored.generator(seed, "halves"), kernel="exp")
+    gate, counts = anchored.gate(result, halves), cells["counts"]
+    ok, used = anchored.identifiable(result, cells["access"], counts, halves)[0].numpy(), data.used
     found, planted = result.log_tau.numpy(), np.log(data.truth.tau.to_numpy())
     gap = (found - planted)[used]
     row = dict(spearman=spearmanr(found[used], planted[used])[0], rmse=(gap - gap.mean()).std(),
                slope=np.polyfit(planted[used], found[used], 1)[0], gate="open" if gate.open else "closed",
                split_half=gate.split_half, identifiable=ok[used].mean())
+    if "tau_effective" in data.truth:
+        row["whole"] = spearmanr(found[used], data.truth.tau_effective[used])[0]
+    if data.options.programs > 1 or data.options.repressive:
+        weight, planted_weight = result.delays[0].peak_weight.numpy(), planted_weights(data, sim)
+        seen = used[data.peaks.gene] & np.isfinite(planted_weight)
+        row["peaks"] = spearmanr(weight[seen], planted_weight[seen])[0]
     unlinked = ~data.truth.has_link.to_numpy()
     if unlinked.any():
         row["identifiable_unlinked"] = ok[unlinked].mean()

@@ -94,6 +94,8 @@ class Data:
     cells: pd.DataFrame
     options: simulate.Options
     atac_depth: np.ndarray      # (N,)
+    peaks: anchored.Peaks       # of the G genes
+    peak: np.ndarray            # (C,) numbers of the peaks in the simulation, -1 several
 
     @property
     def used(self):
@@ -117,12 +119,15 @@ def make(size, depth, kernel, seed, level=True, **options):
     lsi = linear_encoder.fit_lsi(lambda: [opened], list(peaks.index[chosen]), precompute_embeddings.RANK)
     weights = effendi_loader.gene_peak_weights(peaks, sim.rna.var[kept], config.GENE_WINDOW, config.GENE_DECAY)
     access = (sim.atac.X @ weights).tocsr()
+    near, gene, peak = effendi_loader.peaks_of_genes(weights, np.asarray(sim.atac.X.sum(0)).ravel(),
+                                                  config.PEAKS_PER_GENE)
     atac_depth = np.asarray(sim.atac.X.sum(1)).ravel()
     counts = rna[:, kept]
     z_R, _ = pca(counts, np.asarray(counts.sum(1)).ravel())
     return Data(linear_encoder.pad(linear_encoder.lsi_transform(opened, lsi), config.HYENADNA_D_MODEL),
                 access.toarray().astype(np.float32), counts.toarray(), gene_embeddings(counts, access, atac_depth),
-                linear_encoder.pad(z_R, config.DIM), sim.truth[kept], sim.cells, sim.population.o, atac_depth), sim
+                linear_encoder.pad(z_R, config.DIM), sim.truth[kept], sim.cells, sim.population.o, atac_depth,
+                anchored.Peaks((sim.atac.X @ near).tocsr(), gene), peak), sim
 
 
 def level_batches(sim):
@@ -149,14 +154,15 @@ def gene_embeddings(counts, access, atac_depth):
 # --- Effendi and its controls -----------------------------------------------------------------------------------
 
 def tensors(data, pairs=None, genes=None):
-    """x, access, counts, gene_emb of anchored.fit, with cells' RNA or genes' chromatin exchanged where given."""
-    access, emb = data.access, data.emb
+    """The data of anchored.fit, with cells' RNA or genes' chromatin exchanged where given."""
+    access, emb, peaks = data.access, data.emb, data.peaks
     if genes is not None:
         import scipy.sparse as sp
         access = access[:, genes]
         emb = gene_embeddings(sp.csr_matrix(data.counts), sp.csr_matrix(access), data.atac_depth)
+        peaks = anchored.Peaks(peaks.counts, np.argsort(genes)[peaks.gene])
     counts = data.counts if pairs is None else data.counts[pairs]
-    return [torch.as_tensor(a, dtype=torch.float32) for a in (data.x, access, counts, emb)]
+    return anchored.as_data(data.x, access, counts, emb, peaks=peaks)
 
 
 def fitted(data, processes, quick=False, pairs=None, genes=None):
@@ -164,19 +170,19 @@ def fitted(data, processes, quick=False, pairs=None, genes=None):
 
     quick: the planted kernel given, one member, 500 steps and 12 epochs, in the halves too.
     """
-    seed, (x, access, counts, emb) = data.options.seed, tensors(data, pairs, genes)
-    settings = (config.KERNEL, config.MEMBERS, config.ANCHOR_STEPS, config.EM_EPOCHS)
-    of_halves = ()                                          # their own defaults, as in train_delay.py
+    seed, cells = data.options.seed, tensors(data, pairs, genes)
+    settings = dict(kernel=config.KERNEL, members=config.MEMBERS, steps=config.ANCHOR_STEPS, epochs=config.EM_EPOCHS)
+    of_halves = {}                                          # their own defaults, as in train_delay.py
     if quick:
-        settings, of_halves = (data.options.kernel, 1, 500, 12), (1, 500, 12)
+        of_halves = dict(members=1, steps=500, epochs=12)
+        settings = dict(of_halves, kernel=data.options.kernel)
     start, cpu = time.time(), time.process_time()
-    result = anchored.fit(x, access, counts, emb, anchored.generator(seed, "fit"), *settings,
-                          processes=processes)
+    result = anchored.fit(**cells, rng=anchored.generator(seed, "fit"), **settings, processes=processes)
     seconds, cpu = time.time() - start, time.process_time() - cpu
     rng = anchored.generator(seed, "halves")
-    halves = anchored.split_half(x, access, counts, emb, rng, result.kernel, *of_halves, processes=processes)
+    halves = anchored.split_half(**cells, rng=rng, kernel=result.kernel, **of_halves, processes=processes)
     gate = anchored.gate(result, halves)
-    ok, _ = anchored.identifiable(result, access, counts, halves)
+    ok, _ = anchored.identifiable(result, cells["access"], cells["counts"], halves)
     return dict(log_tau=result.log_tau, sd=result.sd, ok=ok, kernel_found=result.kernel, gate_open=gate.open,
                 gain_z=gate.gain_z, own_z=gate.own_z, split_half=gate.split_half, seconds=seconds, cpu_seconds=cpu)
 
@@ -202,14 +208,12 @@ def intervals(data, args):
     if not file.exists():
         return None                                         # run the row `default` first
     first = np.load(file)
-    x, access, counts, emb = tensors(data)
-    refits = []
+    cells, refits = tensors(data), []
     for r in range(args.replicates):
         kept = file.with_name(f"{name}.refit{r}.npy")
         if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
-            log_tau = anchored.bootstrap_replicate(
-                dict(x=x, access=access, counts=counts, gene_emb=emb, rna_only=counts[:0]),
-                train_delay.bootstrap_seed(data.options.seed, r), str(first["kernel_found"]))
+            log_tau = anchored.bootstrap_replicate(cells, train_delay.bootstrap_seed(data.options.seed, r),
+                                                   str(first["kernel_found"]))
             np.save(kept, log_tau.numpy())
         refits.append(np.load(kept))
     log_tau, sd = torch.tensor(first["log_tau"]), torch.tensor(first["sd"])
@@ -221,8 +225,10 @@ def intervals(data, args):
 
 def still(data, args):
     """Zero field: all states of a path are equal, so that log tau leaves the likelihood as it is."""
-    x, access, counts, emb = tensors(data)
-    anchor = anchored.fit_anchor(x, access, emb, anchored.generator(data.options.seed, "anchor"))
+    cells = tensors(data)
+    anchor = anchored.fit_anchor(cells["x"], cells["access"], cells["gene_emb"],
+                                 anchored.generator(data.options.seed, "anchor"))
+    counts = cells["counts"]
     depth, mean = anchored.size_factors(counts)
     states = anchor.z.expand(len(anchored.TIMES), *anchor.z.shape)
     like, _, _ = anchored.grid_likelihood(states, anchor.readout, counts, depth, mean, args.kernel)
@@ -234,7 +240,7 @@ def still(data, args):
 
 
 def untrained(data, args):
-    x, access, counts, emb = tensors(data)
+    x, counts, emb = (tensors(data)[name] for name in ("x", "counts", "gene_emb"))
     torch.manual_seed(data.options.seed)
     align, field = AlignMLP(x.shape[1], anchored.LATENT, 128).eval(), EffendiVectorField(anchored.LATENT, 128)
     field.settle()

@@ -1,10 +1,12 @@
 """Delays anchored in chromatin: closed forms, planted truths, controls."""
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 import anchored
 
@@ -179,6 +181,99 @@ def test_the_state_that_align_gives_follows_the_process_closely():
     assert error[0] < error[1]
 
 
+# --- peaks of a gene -------------------------------------------------------------------------------------------------
+
+def lagged_peaks(weights, tau=1.0, noise=0.05):
+    """Peaks that open and close at different times, read along the path of each landmark, and the RNA of their sum."""
+    rng = generator(1)
+    start = 10 * torch.rand(300, generator=rng)
+    at = start - TIMES[:, None]                                                 # (T+1, J)
+    waves = [torch.sin(at * pace + shift) for pace, shift in ((0.6, 0), (0.9, 2), (0.5, 4))]
+    part = (1 + 0.9 * torch.stack(waves, -1)) / 3                               # (T+1, J, 3)
+    W = anchored.kernel_weights(anchored.LOG_TAU.exp(), TIMES, "exp")
+    own = anchored.kernel_weights(torch.tensor([tau]), TIMES, "exp")[0]
+    y = torch.einsum("t,tjk,k->j", own, part, torch.tensor(weights)) + 0.5
+    y = y + noise * torch.randn(y.shape, generator=rng)
+    precision = torch.full_like(y, noise**-2)
+    return part[:, :, None], W, precision[:, None], (precision * y)[:, None]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.6, 0.2, 0.9), (1.2, -0.8, 1.0)])
+def test_weights_of_peaks_and_delay_are_found_together(weights):
+    evidence, centre, variance = anchored.weigh_peaks(*lagged_peaks(weights))
+    best = evidence[0].argmax()
+    assert abs(anchored.LOG_TAU[best]) < 0.2                # planted tau 1; the grid's step is 0.15
+    gap = (centre[0, best] - torch.tensor(weights)).abs()
+    assert gap.max() < 0.15 and (gap < 3.5 * variance[0, best].sqrt() + 0.05).all()
+
+
+def test_the_evidence_of_peaks_is_that_of_their_joint_normal():
+    """log N(y; 0.8 F 1, F C F' + noise) with everything but tau integrated out, up to what tau leaves as it is."""
+    part, W, w, wy = (v.double() for v in lagged_peaks((1.0, 0.3, 1.5)))
+    evidence = anchored.weigh_peaks(part.float(), W.float(), w.float(), wy.float())[0][0]
+    F = torch.einsum("ut,tjk->ujk", W, part[:, :, 0])
+    prior = anchored.PEAK_SD**2 * torch.eye(3, dtype=torch.float64) + 0.5**2        # of A + d_p; A is common
+    exact = []
+    for f in F:
+        covariance = f @ prior @ f.T + 10.0**2 + torch.diag(1 / w[:, 0])
+        normal = torch.distributions.MultivariateNormal(0.8 * f.sum(1), covariance)
+        exact.append(normal.log_prob(wy[:, 0] / w[:, 0]))
+    exact = torch.stack(exact)
+    torch.testing.assert_close((evidence - evidence.max()).double(), exact - exact.max(), rtol=1e-3, atol=0.2)
+
+
+def test_a_readout_takes_the_course_it_is_given():
+    rng = generator()
+    readout = anchored.GeneReadout(torch.randn(12, 64, generator=rng)).requires_grad_(False)
+    readout.land(torch.randn(150, anchored.LATENT, generator=rng))
+    own = readout.own()
+    other = anchored.with_own(readout, own["delta"] + 0.3 * torch.randn(own["delta"].shape, generator=rng),
+                              own["p"] + 0.2, own["q"] - 0.5)
+    target = other(readout.landmarks)
+    found = anchored.read_as(readout, target)(readout.landmarks)
+    before = (readout(readout.landmarks) - target).square().mean()
+    assert (found - target).square().mean() < 1e-3 * before     # the penalty keeps it from zero
+    assert torch.equal(readout.own()["delta"], own["delta"])
+
+
+def test_shares_of_peaks_follow_the_states_and_add_up():
+    """Two peaks of every gene of which one takes over with time: its share rises from the first cells to the last."""
+    x, access, counts, emb, _, time = population(with_time=True)
+    first = np.random.default_rng(3).binomial(access.astype(int), (0.9 - 0.8 * time / 6)[:, None])
+    peaks = anchored.Peaks(sparse.csr_matrix(np.hstack([first, access - first]), dtype=np.float32),
+                           np.tile(np.arange(access.shape[1]), 2))
+    anchor = anchored.fit_anchor(x, access, emb, generator(), steps=300, peaks=peaks)
+    share = anchor.readout.near(anchor.z) @ anchor.peaks.share                  # (N, C)
+    torch.testing.assert_close(share[:, :60] + share[:, 60:], torch.ones(len(x), 60))
+    seen = access.mean(0) > 2
+    assert np.corrcoef(share[:, :60][:, seen].mean(1), 0.9 - 0.8 * time / 6)[0, 1] > 0.95
+
+
+def split_peaks(share, seed):
+    """Every gene of `population` with a second peak that has a course of its own, which its RNA ignores."""
+    x, access, counts, emb, log_tau, time = population(seed=seed, with_time=True)
+    rng = np.random.default_rng(seed + 100)
+    when, sign = rng.uniform(0.5, 5, access.shape[1]), rng.choice([-1, 1], access.shape[1])
+    course = 0.15 + 1 / (1 + np.exp(-sign * (time[:, None] - when) / 0.25))
+    second = rng.poisson(4 * share * course / course.mean(0)).astype(np.float32)
+    peaks = anchored.Peaks(sparse.csr_matrix(np.hstack([access, second])), np.tile(np.arange(access.shape[1]), 2))
+    return x, access + second, counts, emb, peaks, torch.tensor(log_tau)
+
+
+def test_genes_follow_the_peaks_that_drive_them():
+    """Spearman with peaks weighed and without, over three populations."""
+    gain, weights = [], []
+    for seed in range(3):
+        x, access, counts, emb, peaks, log_tau = split_peaks(1.0, seed)
+        whole, weighed = (anchored.fit(x, access, counts, emb, generator(), kernel="exp", members=1, peaks=p)
+                          for p in (None, peaks))
+        gain.append(anchored.spearman(weighed.log_tau, log_tau) - anchored.spearman(whole.log_tau, log_tau))
+        weights.append(weighed.delays[0].peak_weight)
+    driving, ignored = torch.stack(weights).mean(0).split(60)
+    assert np.mean(gain) > 0.1
+    assert driving.median() > 1.2 and ignored.median() < 0.6
+
+
 # --- both stages -----------------------------------------------------------------------------------------------------
 
 def population(cells=700, genes=60, seed=0, with_time=False):
@@ -205,17 +300,15 @@ def test_cells_at_landmarks_keep_their_counts_and_their_depth():
     x, access, counts, emb, _ = population(cells=200)
     counts = torch.tensor(counts)
     anchor = anchored.fit_anchor(x, access, emb, generator(), steps=20)
-    depth, mean = anchored.size_factors(counts)
-    given_atac = torch.randn(150, len(anchor.readout.landmarks), generator=generator())
-    em = anchored._EM(anchor.z, anchor.readout, counts[:150], depth[:150], mean, torch.arange(150), torch.arange(0),
-                      anchored.TIMES, 1.0, 256, 0.0, counts[150:], given_atac)
+    em = anchored._EM.of(replace(anchor, z=anchor.z[:150]), access[:150], counts[:150], generator(),
+                         rna_only=counts[150:])
     flow = em.begin("exp")
     states, y, exposure = em.at_landmarks(flow, torch.arange(100))
     used = torch.cat([torch.arange(100), torch.arange(150, 200)])       # rows asked for, and all cells without ATAC
     torch.testing.assert_close(y.sum(0), counts[used].sum(0), rtol=1e-4, atol=1e-2)
     # What states expect in all, from their exposures, is what the cells hold: sum_g m = depth for every cell.
     yhat = anchored.predict(states, anchor.readout, em.weights(flow), flow.A, flow.B)
-    torch.testing.assert_close((exposure[:, None] * mean * yhat).sum(), counts[used].sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close((exposure[:, None] * em.mean * yhat).sum(), counts[used].sum(), rtol=1e-3, atol=0)
 
 
 def test_cells_without_atac_improve_delays_from_few_paired_cells():
@@ -224,8 +317,8 @@ def test_cells_without_atac_improve_delays_from_few_paired_cells():
     for seed in range(4):
         x, access, counts, emb, log_tau = population(seed=seed)
         anchor = anchored.fit_anchor(x, access, emb, generator(), steps=400)
-        found = [anchored.fit_delay(anchor.z[:100], anchor.readout, access[:100], counts[:100], generator(), "exp",
-                                    rna_only=more)
+        anchor = replace(anchor, z=anchor.z[:100])
+        found = [anchored.fit_delay(anchor, access[:100], counts[:100], generator(), "exp", rna_only=more)
                  for more in (None, counts[100:])]
         alone, joined = (anchored.spearman(f.log_tau, torch.tensor(log_tau)) for f in found)
         gain.append(joined - alone)

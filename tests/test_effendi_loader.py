@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 import config
 import effendi_loader as loader
-from effendi_loader import gene_peak_weights, open_counts, pair, parse_peaks
+from effendi_loader import gene_peak_weights, open_counts, pair, parse_peaks, peaks_of_genes
 
 CELLS, GENES = 90, 40
 
@@ -282,6 +282,22 @@ def test_weights_equal_those_of_a_double_loop(window):
                 want[p, g] = np.exp(-gap / 5_000)
     got = gene_peak_weights(peaks, genes, window, 5_000.0).toarray()
     np.testing.assert_allclose(got, want, rtol=1e-6)                    # stored as float32
+
+
+def test_the_strongest_peaks_of_a_gene_stand_alone_and_all_add_up():
+    rng = np.random.default_rng(0)
+    weights = sp.csr_matrix(sp.random(30, 5, 0.5, random_state=1).toarray() * [1, 1, 1, 0, 1])
+    counts = rng.poisson(rng.gamma(1.0, 2.0, 30), (200, 30))
+    counts[:, 4] = 0
+    columns, gene, peak = peaks_of_genes(weights, counts.sum(0), 3)
+    parts = counts @ columns.toarray()
+    for g in range(5):
+        np.testing.assert_allclose(parts[:, gene == g].sum(1), counts @ weights.toarray()[:, g])
+        alone = peak[(gene == g) & (peak >= 0)]
+        contribution = counts.sum(0) * weights.toarray()[:, g]
+        assert list(alone[:3]) == list(np.argsort(-contribution)[:len(alone[:3])]) and (gene == g).sum() <= 4
+    assert (np.diff(gene) >= 0).all() and 3 not in gene and 4 not in peak
+    assert peaks_of_genes(weights, counts.sum(0), 0)[0].shape[1] == 4   # one column a gene that has peaks
 
 
 def test_promoters_hold_more_peaks_than_places_far_away():

@@ -28,7 +28,7 @@ SMALL = ["--set", "SIM_CELLS=240", "--set", "SIM_GENES=60", "--set", "VF_EPOCHS=
 ARTIFACTS = ["effendi_rna_emb.npy", "effendi_rna_obs.pkl", "effendi_atac_emb.npy", "effendi_atac_obs.pkl",
              "peak_embeddings.npy", "gene_embeddings.npy", "align_mlp.pt", "vector_field_frozen.pt",
              "effendi_stage1.pt", "effendi_final.pt", "effendi.pt", "gene_tau_estimates.csv", "effendi.h5ad",
-             "validation.json", "report.html"]
+             "gene_peaks.npz", "gene_peaks.csv", "validation.json", "report.html"]
 STAGES = {      # the file whose arrival says that the stage before has ended -> the stage that then runs
     None: "simulate", "simulated.txt.json": "rna", "genes.csv.json": "atac", "peaks.csv.json": "genes",
     "gene_embeddings.npy.json": "train_vf", "train_vf_curve.csv.json": "train_delay",
