@@ -474,6 +474,8 @@ def run():
     table = tau_table(out["tau"], data)
     facts |= dict(seconds=round(seconds, 1), metrics=history[-1], meaning=MEANINGLESS)
     save_results(model, table, out, data, history, facts, data["genes"].index, data["gene_emb"])
+    for name in ("gene_peak_weights.csv", "gene_peak_weights.csv.json"):        # of an earlier run with "anchored"
+        artifacts.path(name).unlink(missing_ok=True)
     artifacts.drop_checkpoint(RESUME)
     print(f"train_delay: {len(data['cells'])} cells, {len(table)} genes, tau {table.tau.min():.3f}-"
           f"{table.tau.max():.3f} (ODE time), held-out L {history[0]['total']:.3f} -> {history[-1]['total']:.3f}, "

@@ -182,6 +182,18 @@ def test_changing_a_setting_repeats_the_stages_that_read_it_and_no_other(finishe
     assert "train_vf: up to date" in printed and "train_delay: up to date" not in printed
 
 
+def test_peaks_count_differently_unless_told_otherwise(finished, tmp_path):
+    objective = ["--set", "OBJECTIVE=anchored"]
+    config.OUT_DIR = str(finished(objective))
+    table = artifacts.load_table("gene_peak_weights.csv")
+    assert (table["weight"] - 1).abs().median() > 0.01 and (table["sd"] > 0).all()
+    typical = (table["weight"].abs() * table["share"]).groupby(table["gene"]).sum()
+    assert typical.between(0.8, 1.25).mean() > 0.9          # 1 by the shares of the landmarks, not of all cells
+    run.main([*SMALL, *objective, "--out", str(tmp_path), "--set", "PEAKS_PER_GENE=0"])
+    table = artifacts.load_table("gene_peak_weights.csv")
+    assert (table["weight"] == 1).all() and table["gene"].is_unique
+
+
 def test_refits_over_processes_equal_refits_in_one(finished, tmp_path):
     objective = ["--set", "OBJECTIVE=anchored"]
     run.main([*SMALL, *objective, "--out", str(tmp_path), "--set", "WORKERS=2"])
