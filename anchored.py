@@ -1122,16 +1122,19 @@ def gate(result, halves, least_z=3.0, least_agreement=0.3):
     return Gate(not reasons, reasons, gain_z, own_z, halves.spearman)
 
 
-def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.15):
-    """Central intervals (low, high) of log tau: normal, variance = posterior + bootstrap + model_sd^2.
+def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.15, prior_sd=1.0):
+    """Central intervals (low, high) of log tau: normal, variance = sd^2 + max(0, r - n) + model_sd^2.
 
-    The posterior knows the noise of the gene's own RNA given readout and flow; refits on resampled cells
-    (R, G) add what readout and flow themselves do not know. model_sd is what all refits share: a flow whose
-    pace is not that of the process everywhere. Set on simulations, where it is what deep data leave over.
+        r   variance of refits on resampled cells (R, G)
+        n = sd^2 (1 - sd^2 / prior_sd^2), what the noise of the gene's own RNA does to a refit that prior_sd shrinks
+    The posterior knows that noise given readout and flow; what refits vary by beyond it is what readout and flow do
+    not know. model_sd is what all refits share: a flow whose pace is not that of the process everywhere. Set on
+    simulations, where it is what deep data leave over.
     """
     variance = sd.square() + model_sd**2
     if replicates is not None:
-        variance = variance + torch.as_tensor(replicates).float().var(0)
+        of_rna = sd.square() * (1 - (sd / prior_sd).square()).clamp_min(0)
+        variance = variance + (torch.as_tensor(replicates).float().var(0) - of_rna).clamp_min(0)
     half = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.5 + level / 2)) * variance.sqrt()
     return log_tau - half, log_tau + half
 

@@ -1,6 +1,6 @@
 """report.html: what was run, the delays, the pictures, and every check with its verdict. One file, no network.
 
-Reads   gene_tau_estimates.csv, validation.json, the curves, effendi.h5ad, records, TRUTH_FILE
+Reads   gene_tau_estimates.csv, gene_peak_weights.csv, validation.json, the curves, effendi.h5ad, records, TRUTH_FILE
 Writes  report.html, report_tau.png (and report_recovery.png where the planted delays are known)
 Run     python report.py --truth effendi_output/simulated/truth.csv
 """
@@ -55,6 +55,21 @@ def tau_picture(table):
     right.scatter(table["tau"], table["cell_sd"], s=8, color=BLUE, alpha=0.6, linewidths=0)
     right.set(xlabel="delay τ_g (ODE time)", ylabel="sd of τ over cells (ODE time)",
               title="between genes and between cells")
+    return png(figure)
+
+
+def peaks_picture(table):
+    """What peaks count for, by how well that is known and by where they lie."""
+    known = table[table["peak"] != "others"]
+    figure, (left, right) = new_figure(2)
+    left.scatter(known["weight"], known["sd"], s=8, color=BLUE, alpha=0.5, linewidths=0)
+    left.set(xlabel="weight of a peak (1 = as open, 0 = not followed)", ylabel="posterior sd of the weight",
+             yscale="log", title=f"{len(known)} peaks of {known['gene'].nunique()} genes")
+    sure = known[known["sd"] < known["sd"].quantile(0.25)]
+    right.axhline(1, color=GREY, lw=0.8)
+    right.scatter(sure["tss_distance"] / 1000, sure["weight"], s=8, color=BLUE, alpha=0.6, linewidths=0)
+    right.set(xlabel="distance from the TSS along the strand (kb)", ylabel="weight of a peak",
+              title=f"the {len(sure)} best-known weights")
     return png(figure)
 
 
@@ -174,6 +189,8 @@ def run():
         recovery = recovery_picture(table, pd.read_csv(config.TRUTH_FILE, index_col=0))
         pictures = {"estimated against planted delay": recovery, **pictures}
         artifacts.save("report_recovery.png", lambda f: f.write(recovery), stage="report", key=key)
+    if artifacts.path("gene_peak_weights.csv").exists():
+        pictures["what the peaks of genes count for"] = peaks_picture(artifacts.load_table("gene_peak_weights.csv"))
     pictures |= {"cells before and after the flow": cells_picture(cells),
                  "learning curves": curve_picture(stage1, stage2)}
     training = artifacts.record("gene_tau_estimates.csv")
