@@ -197,7 +197,7 @@ class Peaks:
     def of(cls, counts, gene_names, genes):
         """Of the peaks (N, C) of genes `gene_names` (C,) those that belong to one of `genes`, which are numbered."""
         number = {gene: g for g, gene in enumerate(genes)}
-        gene = np.array([number.get(name, -1) for name in gene_names], dtype=np.int64)
+        gene = np.array([number.get(str(name), -1) for name in gene_names], dtype=np.int64)
         return cls(counts[:, gene >= 0].tocsr(), gene[gene >= 0])
 
     def __getitem__(self, cells):
@@ -226,7 +226,7 @@ def share_out(readout, access, depth, mean, peaks, block=4096):
     n_genes, expected = len(mean), 0.0
     for rows in torch.arange(len(access)).split(block):
         P = state_posterior(readout, nodes, access[rows], depth[rows], mean)
-        expected = expected + torch.from_numpy((peaks.counts[rows.numpy()].T @ P.numpy()).T)
+        expected = expected + torch.from_numpy((peaks.counts[rows.numpy()].T @ P.numpy()).T.astype(np.float32))
     expected = torch.exp(-torch.cdist(nodes, nodes).square() / (2 * BANDWIDTH**2)) @ expected
 
     def of_gene(values):
@@ -737,8 +737,8 @@ class _EM:
             return _Flow(EffendiVectorField(LATENT, 128), kernel, torch.zeros(n_genes), torch.full((n_genes,), 0.8),
                          torch.full((n_genes,), 0.2), torch.zeros(n_genes), self.readout, torch.ones(n_peaks),
                          torch.full((n_peaks,), PEAK_SD))
-        flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None)
-        return self.e_step(flow, kernel=kernel)
+        flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None, kernel=kernel)
+        return self.e_step(flow if self.peaks is None else self.weigh(flow))
 
     def weights(self, flow):
         return kernel_weights(flow.log_tau.exp(), self.times, flow.kernel)
@@ -797,7 +797,7 @@ class _EM:
         for genes in torch.arange(len(self.mean)).split(32):
             evidence, centre, spread, part = explain(genes, genes)
             prior = ((LOG_TAU - flow.prior[genes, None]) / self.prior_sd).square() / 2
-            tau = torch.softmax(evidence - prior, 1)[:, None]                   # (g, 1, U)
+            tau = torch.softmax(evidence - prior, 1).float()[:, None]           # (g, 1, U)
             b = tau @ centre                                                    # (g, 1, k)
             course = torch.einsum("jgk,gk->jg", part, b[:, 0])
             course = course + (0.02 * course.abs().mean(0) - course.amin(0)).clamp_min(0)
@@ -859,6 +859,8 @@ class _EM:
                     flow = self.e_step(flow, damping=0.7)
             like = self.likelihood_out(flow)
             history.append((epoch, like.mean().item()))
+            if self.peaks is not None and flow.readout is self.readout and epoch < epochs:
+                continue                                    # peaks not weighed yet
             if best is None or like.mean() > best.held_out.mean():
                 best = replace(flow, field=copy.deepcopy(field), held_out=like, epoch=epoch)
         best.field.settle()                                 # the power iteration lags behind a fast learning rate
@@ -868,15 +870,20 @@ class _EM:
     def describe(self, flow, rng):
         """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain.
 
-        v = 0 is given the peaks that the moving fit chose. A gene's own chromatin is compared with another's before
-        peaks are weighed, since those of the other are not.
+        v = 0 is given the better of the weights of peaks that the moving fit chose and of its own. A gene's own
+        chromatin is compared with another's before peaks are weighed, since those of the other are not.
         """
         offset = self.exposure(flow)
         like, a, b, share, centre, sd = self.likelihood(flow, torch.arange(len(self.z)))
         moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
                                  flow.kernel, (flow.A * self.weights(flow).T, flow.B), times=self.times)[0]
-        still = still_cells(self.z, flow.readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
-        still_gene = still_genes(self.z, flow.readout, self.counts, offset, self.mean)
+        readouts = [flow.readout]
+        if self.peaks is not None:
+            readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=self.readout))).readout)
+        still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
+                     for readout in readouts), key=torch.sum)
+        still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)
+                                  for readout in readouts]).amax(0)
         another = torch.randperm(len(self.mean), generator=rng)
         own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)
                         for genes in (None, another))
@@ -894,28 +901,29 @@ def weigh_peaks(part, W, w, wy, amplitude=(0.8, 0.5), offset_sd=10.0):
     Shapes  part (T+1, J, g, k) peaks along the paths, W (U, T+1), w and wy (J, g) precision of y and that times y
     """
     S, J, n, k = part.shape
+    # float32 would lose nats in genes with millions of counts.
+    part, W, w, wy = (v.double() for v in (part, W, w, wy))
     flat = part.permute(2, 1, 0, 3).reshape(n, J, S * k)
     weighted = flat * w.T[..., None]
     gram = (weighted.mT @ flat).view(n, S, k, S, k).transpose(2, 3)             # (g, S, S, k, k)
     pairs = (W[:, :, None] * W[:, None]).flatten(1)                             # (U, S S)
     gram = (pairs @ gram.reshape(n, S * S, k * k)).view(n, -1, k, k)
     # Variables: B, A, d_1 ... d_k; F of A is the sum of all.
-    mix = torch.cat([torch.ones(k, 1), torch.eye(k)], 1)                        # (k, 1 + k)
-    Q, v = torch.zeros(n, len(W), k + 2, k + 2), torch.zeros(n, len(W), k + 2)
+    mix = torch.cat([torch.ones(k, 1), torch.eye(k)], 1).to(W)                  # (k, 1 + k)
+    Q, v = W.new_zeros(n, len(W), k + 2, k + 2), W.new_zeros(n, len(W), k + 2)
     Q[..., 0, 0], Q[..., 1:, 1:] = w.sum(0)[:, None], mix.T @ gram @ mix
     Q[..., 0, 1:] = Q[..., 1:, 0] = W @ weighted.sum(1).view(n, S, k) @ mix
     v[..., 0], v[..., 1:] = wy.sum(0)[:, None], W @ (flat.mT @ wy.T[..., None]).view(n, S, k) @ mix
-    precision = torch.full((k + 2,), PEAK_SD**-2)
+    precision = W.new_full((k + 2,), PEAK_SD**-2)
     precision[0], precision[1] = offset_sd**-2, amplitude[1]**-2
     v[..., 1] += amplitude[0] * precision[1]
-    Q, v = (Q + torch.diag(precision)).double(), v.double()
-    factor = torch.linalg.cholesky(Q)
+    factor = torch.linalg.cholesky(Q + torch.diag(precision))
     covariance = torch.cholesky_inverse(factor)
     centre = (covariance @ v[..., None])[..., 0]
     evidence = (0.5 * (v * centre).sum(-1) - torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
                 + 0.5 * precision.log().sum())
-    spread = (mix.double() @ covariance[..., 1:, 1:] @ mix.T.double()).diagonal(dim1=-2, dim2=-1)
-    return evidence.float(), (centre[..., 1:] @ mix.T.double()).float(), spread.float()
+    spread = (mix @ covariance[..., 1:, 1:] @ mix.T).diagonal(dim1=-2, dim2=-1)
+    return evidence, (centre[..., 1:] @ mix.T).float(), spread.float()
 
 
 @torch.no_grad()
@@ -959,6 +967,13 @@ def read_as(readout, target, steps=10, penalty=0.1):
         value, closed, D = loss(theta)
     own = (theta - alone).float()
     return with_own(readout, own[:, :K], own[:, -1] - math.log(2), own[:, K])
+
+
+class Still(nn.Module):
+    """v = 0."""
+
+    def forward(self, z):
+        return torch.zeros_like(z)
 
 
 def moving_path(field, z, times):
@@ -1162,16 +1177,17 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0):
     n = len(em.mean)
     flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, torch.zeros(n),
                  delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
-    explain, grid = em.explainer(flow, torch.arange(len(counts)), LOG_TAU[::4]), LOG_TAU[::4]
+    grid = LOG_TAU[::2]
+    explain = em.explainer(flow, torch.arange(len(counts)), grid)
 
     def evidence(whose):
         return torch.cat([torch.logsumexp(explain(genes, whose[genes])[0] - (grid / prior_sd).square() / 2, 1)
                           for genes in torch.arange(n).split(32)])
-    best = torch.full((n,), -torch.inf)
+    best = torch.full((n,), -torch.inf, dtype=torch.double)
     for _ in range(others):
         another = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=rng)) % n      # never its own
         best = torch.maximum(best, evidence(another))
-    return evidence(torch.arange(n)) - best
+    return (evidence(torch.arange(n)) - best).float()
 
 
 def identifiable(result, access, counts, halves=None, least_counts=100, least_change=0.15, least_gain=2.0, seed=0):

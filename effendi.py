@@ -132,7 +132,8 @@ def delay_losses(model, out, z_R, expression, n_steps_back):
 # --- the identifiable model -----------------------------------------------------------------------------------
 
 class AnchoredMember(nn.Module):
-    """One fit of anchored.py: latent, readout of chromatin, flow, and the delays in this flow's own time."""
+    """One fit of anchored.py: latent, readout D' of the chromatin that expression follows, flow, and the delays in this
+    flow's own time."""
 
     def __init__(self, in_dim, dim, n_genes, align_hidden, vf_hidden, n_landmarks):
         super().__init__()
@@ -173,7 +174,7 @@ class AnchoredEffendi(nn.Module):
 
         z_A   = Q AlignMLP(z_ATAC)                            8 dimensions, lifted orthonormally to D
         tau   = AnchoredTau(z_A)                              relative: mean log tau over genes is 0
-        y_hat = mean_members mu_g (A_g sum_s W_s(tau_g) D(z_s, g) + B_g) / S   counts in a cell of mean depth
+        y_hat = mean_members mu_g (A_g sum_s W_s(tau_g) D'(z_s, g) + B_g) / S  counts in a cell of mean depth
 
     z_A and the flow shown are those of the first member; tau and y_hat are means over members.
     """
@@ -229,8 +230,8 @@ class AnchoredEffendi(nn.Module):
 def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, new_emb, rng):
     """An AnchoredEffendi that also reads H new genes, with nothing retrained: v, latent and old genes stay as they are.
 
-    A new gene's readout comes from its own accessibility, its delay from its own expression by one E-step, with
-    what the embeddings of the trained genes say as prior.
+    A new gene's readout comes from its own accessibility, all peaks alike, its delay from its own expression by one
+    E-step, with what the embeddings of the trained genes say as prior.
 
     Depths are counts over the trained genes, as in training: the size of a cell is relative to these.
     Shapes  z_atac (N, 256), access and counts (N, H), depths (N,), gene_emb (G, D), new_emb (H, D)

@@ -211,6 +211,12 @@ def load_anchored():
     if list(data["genes"].index[fitted]) != saved["genes"]:
         raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained on other genes than genes.csv names.\n"
                          "  Train it again: python train_vf.py")
+    artifacts.same_rows("gene_accessibility.npz", "gene_peaks.npz", "gene_peaks.csv", field="key")
+    weighed = artifacts.hash_file(artifacts.path("gene_peaks.csv")) if config.PEAKS_PER_GENE else None
+    if saved.get("gene_peaks", "none") != weighed:
+        raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained on other peaks of genes than "
+                         f"{artifacts.path('gene_peaks.csv')} names, or with another PEAKS_PER_GENE.\n"
+                         "  Train it again: python train_vf.py")
     access = artifacts.load_sparse("gene_accessibility.npz")[data["rows_atac"]][:, fitted]
     peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[data["rows_atac"]],
                               artifacts.load_table("gene_peaks.csv")["gene"], saved["genes"])
@@ -323,7 +329,7 @@ def anchored_table(result, low, high, ok, why, tau, data):
 def peak_weights_table(delays, genes):
     """gene_peak_weights.csv: gene_peaks.csv with what each peak counts for, mean over members and its sd."""
     table = artifacts.load_table("gene_peaks.csv")
-    table = table[table["gene"].isin(genes)]
+    table = table[table["gene"].astype(str).isin(genes)]
     if config.PEAKS_PER_GENE == 0:
         return table.assign(weight=1.0, sd=0.0)
     weight, sd = (torch.stack([getattr(d, name) for d in delays]) for name in ("peak_weight", "peak_sd"))

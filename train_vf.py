@@ -193,7 +193,8 @@ def run_anchored():
                  metrics=dict(held_out_nll=[d["nll"] for d in done]))
     torch.manual_seed(config.SEED)
     field = EffendiVectorField(config.DIM, config.VF_HIDDEN, rank=anchored.LATENT)
-    artifacts.save_model("align_mlp.pt", {"members": done, "genes": genes}, **facts)
+    weighed = artifacts.hash_file(artifacts.path("gene_peaks.csv")) if config.PEAKS_PER_GENE else None
+    artifacts.save_model("align_mlp.pt", {"members": done, "genes": genes, "gene_peaks": weighed}, **facts)
     artifacts.save_model("vector_field_frozen.pt", {"args": field.args, "state_dict": field.state_dict()}, **dict(
         facts, note="untrained: under OBJECTIVE anchored the flow is learned in Stage 2"))
     artifacts.save_table("train_vf_curve.csv", curve, **facts)

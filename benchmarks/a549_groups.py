@@ -190,7 +190,8 @@ class Flow:
 
 @torch.no_grad()
 def stored_flows(data, order=slice(None)):
-    """The run's members along its cells; with order, along the chromatin of other cells."""
+    """The run's members along its cells; with order, along the chromatin of other cells (A, B and the weights of peaks
+    stay those of the true pairs)."""
     model, flows = data["model"], []
     depth, mean = anchored.size_factors(torch.from_numpy(data["counts"]))
     for m in model.members:

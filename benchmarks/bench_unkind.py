@@ -3,7 +3,8 @@
     Spearman    of estimated and planted log tau, over genes whose accessibility changes and drives expression; whole:
                 with the mean delay from opening to expression, late enhancers included
     rmse, slope     of log tau after the gauge; of estimated on planted log tau
-    peaks       Spearman of found and planted weight over the peaks of those genes where peaks differ in what they do
+    peaks       Spearman of found and planted weight over the peaks of those genes where peaks differ in what they do;
+                by_share: of the share of accessibility and planted weight, which needs no fit
     gate        open or closed; identifiable: share of genes marked so, and of the unlinked ones where there are any
     modulation  Spearman, over genes and lineages, of planted and estimated difference of log tau between lineages (the
                 mean over a lineage's cells after the branch), and its standard deviation: planted, estimated; r the
@@ -78,10 +79,13 @@ def run(seed, options):
                split_half=gate.split_half, identifiable=ok[used].mean())
     if "tau_effective" in data.truth:
         row["whole"] = spearmanr(found[used], data.truth.tau_effective[used])[0]
-    if data.options.programs > 1 or data.options.repressive:
+    if config.PEAKS_PER_GENE and (data.options.programs > 1 or data.options.repressive):
         weight, planted_weight = result.delays[0].peak_weight.numpy(), planted_weights(data, sim)
         seen = used[data.peaks.gene] & np.isfinite(planted_weight)
+        total = np.asarray(data.peaks.counts.sum(0)).ravel()
+        share = total / np.bincount(data.peaks.gene, total)[data.peaks.gene]
         row["peaks"] = spearmanr(weight[seen], planted_weight[seen])[0]
+        row["by_share"] = spearmanr(share[seen], planted_weight[seen])[0]
     unlinked = ~data.truth.has_link.to_numpy()
     if unlinked.any():
         row["identifiable_unlinked"] = ok[unlinked].mean()
@@ -102,7 +106,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[400])
     parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("--peaks", type=int, default=config.PEAKS_PER_GENE, help="PEAKS_PER_GENE; 0 = not weighed")
     args = parser.parse_args()
+    config.PEAKS_PER_GENE = args.peaks
     torch.set_num_threads(1)
     for name in args.rows:
         for seed in args.seeds:

@@ -162,7 +162,7 @@ def tensors(data, pairs=None, genes=None):
         emb = gene_embeddings(sp.csr_matrix(data.counts), sp.csr_matrix(access), data.atac_depth)
         peaks = anchored.Peaks(peaks.counts, np.argsort(genes)[peaks.gene])
     counts = data.counts if pairs is None else data.counts[pairs]
-    return anchored.as_data(data.x, access, counts, emb, peaks=peaks)
+    return anchored.as_data(data.x, access, counts, emb, peaks=peaks if config.PEAKS_PER_GENE else None)
 
 
 def fitted(data, processes, quick=False, pairs=None, genes=None):

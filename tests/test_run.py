@@ -19,6 +19,7 @@ import artifacts
 import config
 import run
 import simulate
+import train_delay
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--set", "SIM_CELLS=240", "--set", "SIM_GENES=60", "--set", "VF_EPOCHS=3", "--set", "STAGE1_EPOCHS=2",
@@ -190,6 +191,8 @@ def test_peaks_count_differently_unless_told_otherwise(finished, tmp_path):
     typical = (table["weight"].abs() * table["share"]).groupby(table["gene"]).sum()
     assert typical.between(0.8, 1.25).mean() > 0.9          # 1 by the shares of the landmarks, not of all cells
     run.main([*SMALL, *objective, "--out", str(tmp_path), "--set", "PEAKS_PER_GENE=0"])
+    with pytest.raises(ValueError, match="another PEAKS_PER_GENE"):             # Stage 1 has not seen these peaks
+        train_delay.main(["--out", str(tmp_path), "--set", "PEAKS_PER_GENE=8"])
     table = artifacts.load_table("gene_peak_weights.csv")
     assert (table["weight"] == 1).all() and table["gene"].is_unique
 
