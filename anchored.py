@@ -197,7 +197,11 @@ class Peaks:
     def of(cls, counts, gene_names, genes):
         """Of the peaks (N, C) of genes `gene_names` (C,) those that belong to one of `genes`, which are numbered."""
         number = {gene: g for g, gene in enumerate(genes)}
-        gene = np.array([number.get(str(name), -1) for name in gene_names], dtype=np.int64)
+        gene = np.array([number.get(name, -1) for name in gene_names], dtype=np.int64)
+        without = np.flatnonzero(np.bincount(gene[gene >= 0], minlength=len(genes)) == 0)
+        if len(without):
+            raise ValueError(f"{len(without)} of {len(genes)} genes with accessibility have no peak, the first "
+                             f"{genes[without[0]]}.\n  Make both again: python precompute_embeddings.py genes")
         return cls(counts[:, gene >= 0].tocsr(), gene[gene >= 0])
 
     def __getitem__(self, cells):
@@ -271,7 +275,7 @@ def size_factors(counts):
 def with_own(readout, delta, p, q):
     """The readout with other parameters of the genes."""
     new = copy.copy(readout)
-    new._parameters = dict(readout._parameters)
+    new._parameters, new._buffers = dict(readout._parameters), dict(readout._buffers)
     for name, value in dict(delta=delta, p=p, q=q).items():
         setattr(new, name, nn.Parameter(value, requires_grad=False))
     return new
@@ -485,8 +489,8 @@ class DelayFit:
     epoch: int
     history: list                   # (epoch, held-out nats a cell beyond v = 0)
     own_parameters: dict            # delta, p, q of the readout that expression follows
-    peak_weight: torch.Tensor       # (C,) what every peak counts for, their mean |weight| in a gene being 1
-    peak_sd: torch.Tensor           # (C,) its posterior standard deviation
+    peak_weight: torch.Tensor       # (C,) what every peak counts for; sum of |weight| share over a gene = 1
+    peak_sd: torch.Tensor           # (C,) its posterior standard deviation, 0 where a gene's peaks were not weighed
 
     def followed(self, readout):
         """The readout D' that expression follows, from the anchor's D."""
@@ -647,12 +651,14 @@ def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
     shapes chosen by noise cost accuracy. Another kernel is first tried from where the first one ended, which is told
-    from the better one as well as a fit of its own is, in a third of the time; one that wins gets a fit of its own.
+    from the better one as well as a fit of its own is, in a third of the time. It has trained longer than what it is
+    compared with; so one that wins only earns a fit of its own, which has to win too.
     Shapes  anchor: on the N cells; access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which
             join the E-steps; field: a function that is given the _EM and returns the field to start from
     """
-    if epochs < warm:
-        raise ValueError(f"EM_EPOCHS={epochs}: at least {warm} epochs come before the first E-step.\n"
+    least = warm if anchor.peaks is None else warm + every
+    if epochs < least:
+        raise ValueError(f"EM_EPOCHS={epochs}: at least {least} epochs come before the E-steps that are needed.\n"
                          "  Leave it at its default.")
     seed = int(torch.randint(2**31, (1,), generator=rng))                       # weights of the field
     em = _EM.of(anchor, access, counts, rng, held_out, times, prior_sd, batch, kinetic, rna_only)
@@ -789,25 +795,31 @@ class _EM:
             y = B + sum_p (A + d_p) F_p,   F_p = sum_s W_s(tau) D(z_s, g) share_p(z_s)       at the landmarks
             A ~ N(0.8, 0.5^2), B ~ N(0, 10^2), d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
             b_p = E[A + d_p] over the posterior of tau, whose evidence has A, B, d integrated out
-            D'(z) ~ sum_p b_p D(z, g) share_p(z), raised where it would be negative
+            D'(z) ~ sum_p b_p D(z, g) share_p(z) + c_g, c_g such that it is nowhere below 2 % of its mean size
         Peaks of which expression follows only some, or which repress it, would otherwise bend the delay. Where
-        all act alike, d is small.
+        all act alike, d is small. A gene of one peak, or one that only follows its chromatin upside down, keeps D:
+        a turned course and a delay of half a period look alike.
         """
-        explain, courses, weights, variances = self.explainer(flow, self.train), [], [], []
+        explain, peaks = self.explainer(flow, self.train), self.peaks.of_genes(len(self.mean))
+        courses, weights, variances, weighed = [], [], [], []
         for genes in torch.arange(len(self.mean)).split(32):
             evidence, centre, spread, part = explain(genes, genes)
             prior = ((LOG_TAU - flow.prior[genes, None]) / self.prior_sd).square() / 2
             tau = torch.softmax(evidence - prior, 1).float()[:, None]           # (g, 1, U)
             b = tau @ centre                                                    # (g, 1, k)
-            course = torch.einsum("jgk,gk->jg", part, b[:, 0])
+            upright = (part * b[:, 0]).sum((0, 2)) > 0
+            several = (peaks[genes] >= 0).sum(1) > 1
+            weighed.append(upright & several)
+            course = (part * torch.where(weighed[-1][:, None], b[:, 0], 1.0)).sum(2)
             course = course + (0.02 * course.abs().mean(0) - course.amin(0)).clamp_min(0)
             courses.append(course / course.mean(0))
             weights.append(b[:, 0])
             variances.append((tau @ (spread + (centre - b).square()))[:, 0])
-        peaks, b = self.peaks.of_genes(len(self.mean)), torch.cat(weights)
+        b, weighed = torch.cat(weights), torch.cat(weighed)[:, None]
         scale = (b.abs() * nn.functional.pad(self.peaks.share.mean(0), (0, 1))[peaks]).sum(1, keepdim=True)
         real, weight, sd = peaks >= 0, torch.empty_like(flow.peak_weight), torch.empty_like(flow.peak_sd)
-        weight[peaks[real]], sd[peaks[real]] = (b / scale)[real], (torch.cat(variances).sqrt() / scale)[real]
+        weight[peaks[real]] = torch.where(weighed, b / scale, 1.0)[real]
+        sd[peaks[real]] = torch.where(weighed, torch.cat(variances).sqrt() / scale, 0.0)[real]
         return replace(flow, readout=read_as(self.readout, torch.cat(courses, 1)), peak_weight=weight, peak_sd=sd)
 
     def explainer(self, flow, rows, grid=LOG_TAU):
@@ -859,7 +871,7 @@ class _EM:
                     flow = self.e_step(flow, damping=0.7)
             like = self.likelihood_out(flow)
             history.append((epoch, like.mean().item()))
-            if self.peaks is not None and flow.readout is self.readout and epoch < epochs:
+            if self.peaks is not None and flow.readout is self.readout:
                 continue                                    # peaks not weighed yet
             if best is None or like.mean() > best.held_out.mean():
                 best = replace(flow, field=copy.deepcopy(field), held_out=like, epoch=epoch)

@@ -225,6 +225,15 @@ def same_rows(*names, field="ids"):
                              "make both again, or use another --out.")
 
 
+def made_with(name, **settings):
+    """Raise unless the artifact was made under these settings."""
+    made = record(name)["config"]
+    for setting, value in settings.items():
+        if made.get(setting) != value:
+            raise ValueError(f"{path(name)} was made with {setting}={made.get(setting)}, not {value}.\n"
+                             f"  Give --set {setting}={made.get(setting)}, or make it again.")
+
+
 # --- finished, unfinished --------------------------------------------------------------------------------------
 
 def is_done(key, *names):

@@ -646,6 +646,8 @@ def genes():
     start = time.time()
     if not first_process():
         return None
+    if config.PEAKS_PER_GENE < 0:
+        raise ValueError(f"PEAKS_PER_GENE={config.PEAKS_PER_GENE}: give 0 or more.")
     of_rna, of_atac = artifacts.record("rna_encoder.pt"), artifacts.record("atac_encoder.pt")
     alone = not (config.ATAC_FILE or config.MULTIOME_FILE)
     files = must_exist(of_atac["inputs"]) if alone else input_files("atac")
@@ -723,10 +725,10 @@ def table_of_peaks(features, table, columns, totals, gene, peak):
     tss = np.where(minus, of_gene["end"], of_gene["start"])
     contribution = totals @ columns
     return pd.DataFrame(dict(
-        gene=of_gene.index, peak=np.where(peak < 0, "others", features.index.to_numpy()[one]),
+        peak=np.where(peak < 0, "others", features.index.to_numpy()[one]),
         tss_distance=np.where(peak < 0, np.nan, np.where(minus, tss - middle, middle - tss)),
         share=(contribution / np.bincount(gene, contribution, len(table))[gene]).round(4)),
-        index=pd.RangeIndex(1, len(gene) + 1, name="row"))
+        index=pd.Index(of_gene.index, name="gene"))
 
 
 def same_scgpt(weights):

@@ -60,11 +60,11 @@ def tau_picture(table):
 
 def peaks_picture(table):
     """What peaks count for, by how well that is known and by where they lie."""
-    known = table[table["peak"] != "others"]
+    known = table[(table["peak"] != "others") & (table["sd"] > 0)]
     figure, (left, right) = new_figure(2)
     left.scatter(known["weight"], known["sd"], s=8, color=BLUE, alpha=0.5, linewidths=0)
     left.set(xlabel="weight of a peak (1 = as open, 0 = not followed)", ylabel="posterior sd of the weight",
-             yscale="log", title=f"{len(known)} peaks of {known['gene'].nunique()} genes")
+             yscale="log", title=f"{len(known)} peaks of {known.index.nunique()} genes")
     sure = known[known["sd"] < known["sd"].quantile(0.25)]
     right.axhline(1, color=GREY, lw=0.8)
     right.scatter(sure["tss_distance"] / 1000, sure["weight"], s=8, color=BLUE, alpha=0.6, linewidths=0)
@@ -190,7 +190,9 @@ def run():
         pictures = {"estimated against planted delay": recovery, **pictures}
         artifacts.save("report_recovery.png", lambda f: f.write(recovery), stage="report", key=key)
     if artifacts.path("gene_peak_weights.csv").exists():
-        pictures["what the peaks of genes count for"] = peaks_picture(artifacts.load_table("gene_peak_weights.csv"))
+        weights = artifacts.load_table("gene_peak_weights.csv")
+        if (weights["sd"] > 0).any():
+            pictures["what the peaks of genes count for"] = peaks_picture(weights)
     pictures |= {"cells before and after the flow": cells_picture(cells),
                  "learning curves": curve_picture(stage1, stage2)}
     training = artifacts.record("gene_tau_estimates.csv")

@@ -218,8 +218,10 @@ def load_anchored():
                          f"{artifacts.path('gene_peaks.csv')} names, or with another PEAKS_PER_GENE.\n"
                          "  Train it again: python train_vf.py")
     access = artifacts.load_sparse("gene_accessibility.npz")[data["rows_atac"]][:, fitted]
-    peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[data["rows_atac"]],
-                              artifacts.load_table("gene_peaks.csv")["gene"], saved["genes"])
+    peaks = None
+    if config.PEAKS_PER_GENE:
+        peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[data["rows_atac"]],
+                                  artifacts.load_table("gene_peaks.csv").index, saved["genes"])
     alone = np.setdiff1d(np.arange(data["all_counts"].shape[0]), data["rows_rna"])
     alone = np.sort(np.random.default_rng(config.SEED).permutation(alone)[:config.RNA_ONLY_CELLS])
     rna_only = data["all_counts"][alone][:, fitted].toarray()
@@ -227,7 +229,7 @@ def load_anchored():
     if len(alone):
         print(f"train_delay: {len(rna_only):,} cells without ATAC join the paired ones (RNA_ONLY_CELLS)")
     return dict(data, fitted=fitted, x=data["z_atac"], access=access.toarray(), rna_only=rna_only,
-                peaks=peaks if config.PEAKS_PER_GENE else None,
+                peaks=peaks,
                 y=data["counts"][:, fitted].toarray(), emb=data["gene_emb"][fitted]), saved["members"]
 
 
@@ -329,7 +331,7 @@ def anchored_table(result, low, high, ok, why, tau, data):
 def peak_weights_table(delays, genes):
     """gene_peak_weights.csv: gene_peaks.csv with what each peak counts for, mean over members and its sd."""
     table = artifacts.load_table("gene_peaks.csv")
-    table = table[table["gene"].astype(str).isin(genes)]
+    table = table[table.index.isin(genes)]
     if config.PEAKS_PER_GENE == 0:
         return table.assign(weight=1.0, sd=0.0)
     weight, sd = (torch.stack([getattr(d, name) for d in delays]) for name in ("peak_weight", "peak_sd"))

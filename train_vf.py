@@ -147,12 +147,14 @@ def load_accessibility():
                          "genome build, or lower MIN_ACCESS.")
     print(f"train_vf: {seen.sum():,} of {len(genes):,} genes have accessibility of their own; {len(rows):,} of "
           f"{len(obs):,} ATAC cells")
-    names = list(genes.index[seen])
-    peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[rows],
-                              artifacts.load_table("gene_peaks.csv")["gene"], names)
+    names, peaks = list(genes.index[seen]), None
+    if config.PEAKS_PER_GENE:
+        artifacts.made_with("gene_peaks.npz", PEAKS_PER_GENE=config.PEAKS_PER_GENE)
+        peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[rows],
+                                  artifacts.load_table("gene_peaks.csv").index, names)
     return (artifacts.load_array("effendi_atac_emb.npy", (None, config.HYENADNA_D_MODEL))[rows],
             access[:, seen].toarray(), artifacts.load_array("gene_embeddings.npy", (None, config.DIM))[seen], names,
-            peaks if config.PEAKS_PER_GENE else None)
+            peaks)
 
 
 def fit_member(shared, member):

@@ -48,7 +48,8 @@ def embed(sim, paired):
     near, gene, _ = loader.peaks_of_genes(weights, totals, config.PEAKS_PER_GENE)
     counts = sim.rna.X[:paired].toarray()
     return anchored.as_data(x, access, counts, stage0.gene_embeddings(loadings(counts), loadings(access[:paired])),
-                            peaks=anchored.Peaks(sparse.vstack([b @ near for b in blocks], "csr"), gene))
+                            peaks=anchored.Peaks(sparse.vstack([b @ near for b in blocks], "csr"), gene)
+                            if config.PEAKS_PER_GENE else None)
 
 
 def loadings(counts):

@@ -181,7 +181,7 @@ LINES = ["Step 0: Auto-detect settings → batch=auto, peaks=40, seq_len=auto",
          "Step 8: Model forward pass → Effendi ready", "Step 9: Cell-specific τ → (80, 126) ✓",
          "Step 10: Full forward pass → z_A (80, 32), z_integrated (80, 32), y_hat (80, 126)", "Step 11: Tau analysis"]
 QUICK = {"specification": dict(VF_EPOCHS=2, STAGE1_EPOCHS=1, STAGE2_EPOCHS=1, N_STEPS=10),
-         "anchored": dict(MEMBERS=1, ANCHOR_STEPS=60, BOOTSTRAP=0, EM_EPOCHS=7, KERNEL="exp")}
+         "anchored": dict(MEMBERS=1, ANCHOR_STEPS=60, BOOTSTRAP=0, EM_EPOCHS=9, KERNEL="exp")}
 
 
 @pytest.mark.parametrize("objective", QUICK)
