@@ -220,6 +220,7 @@ class PeakShares:
         return nn.utils.rnn.pad_sequence(of_gene, batch_first=True, padding_value=-1)
 
 
+@torch.no_grad()
 def share_out(readout, access, depth, mean, peaks, block=4096):
     """PeakShares: expected counts of the peaks around every landmark, as shares of their gene's.
 
@@ -353,8 +354,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         first.bias -= first.weight @ centre
         z = align(x)
     readout.land(z[train[:N_LANDMARKS]])
-    with torch.no_grad():
-        shares = None if peaks is None else share_out(readout, access, depth, mean, peaks)
+    shares = None if peaks is None else share_out(readout, access, depth, mean, peaks)
     return Anchor(align, readout, z, nll, step, history, shares)
 
 
@@ -430,7 +430,7 @@ def path(field, z, times=TIMES):
 
 @torch.no_grad()
 def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, block=16, times=TIMES,
-                    chromatin=None, grid=LOG_TAU):
+                    chromatin=None):
     """Log-likelihood of every gene on a grid of log tau, A and B fitted at each point.
 
         yhat = A sum_s W_s(tau) D(z_s, g) + B      A, B by least squares weighted with 1 / variance
@@ -439,7 +439,7 @@ def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, blo
 
     Shapes  states (T+1, N, 8), counts (N, G), offset (N,), mean (G,) -> L, A, B (G, U)
     """
-    weights = kernel_weights(grid.exp(), times, kernel).to(states)              # (U, T+1)
+    weights = kernel_weights(LOG_TAU.exp(), times, kernel).to(states)           # (U, T+1)
     hidden = readout.hidden(states)
     like, a, b = [], [], []
     for start in range(0, counts.shape[1], block):
@@ -558,9 +558,9 @@ def head_predict(gene_emb, log_tau, sd, new_emb, prior_sd=1.0, ridge=10.0):
     return (shrink * (new @ fit)).float()
 
 
-def predict(states, readout, weights, A, B, genes=slice(None)):
+def predict(states, readout, weights, A, B):
     """yhat (N, G) = A sum_s W_s D(z_s) + B, for states (T+1, N, 8) and weights (G, T+1). Gradient: of states only."""
-    level, slope, bias = (part.detach() for part in readout.linear(genes))
+    level, slope, bias = (part.detach() for part in readout.linear())
     return _ReadPath.apply(readout.hidden(states), (weights.T * (A * level)).detach(), slope, bias, B.detach())
 
 
@@ -600,9 +600,9 @@ def cell_size(yhat, mean):
 
 
 @torch.no_grad()
-def exposures(states, readout, weights, A, B, depth, mean, genes=slice(None), block=4096):
+def exposures(states, readout, weights, A, B, depth, mean, block=4096):
     """s_c / S_c (N,), the exposure of a cell's genes under a fit; in blocks of cells, since only (N,) is kept."""
-    size = [cell_size(predict(states[:, rows], readout, weights, A, B, genes), mean)
+    size = [cell_size(predict(states[:, rows], readout, weights, A, B), mean)
             for rows in torch.arange(len(depth)).split(block)]
     return depth / torch.cat(size)[:, 0]
 
@@ -965,18 +965,19 @@ def read_as(readout, target, steps=10, penalty=0.1):
     for _ in range(steps):
         error = (D - target) / len(h)
         gradient = torch.cat([(error * closed).T @ h, error.sum(0)[:, None]], 1) + ridge * (theta - alone)
-        D = D / len(h)
+        fisher = D / len(h)
         H = torch.empty(G, K + 2, K + 2, dtype=torch.double)
-        H[:, :-1, :-1] = ((D * closed.square()).T @ hh).view(G, K + 1, K + 1)
-        H[:, -1, :-1] = H[:, :-1, -1] = (D * closed).T @ h
-        H[:, -1, -1] = D.sum(0)
+        H[:, :-1, :-1] = ((fisher * closed.square()).T @ hh).view(G, K + 1, K + 1)
+        H[:, -1, :-1] = H[:, :-1, -1] = (fisher * closed).T @ h
+        H[:, -1, -1] = fisher.sum(0)
         H += torch.diag(ridge)
         H += torch.diag_embed(damping[:, None] * torch.diagonal(H, dim1=1, dim2=2))
         trial = theta - torch.linalg.solve(H, gradient)
-        better = loss(trial)[0] < value
+        after = loss(trial)
+        better = after[0] < value
         theta = torch.where(better[:, None], trial, theta)
+        value, closed, D = (torch.where(better, new, old) for new, old in zip(after, (value, closed, D)))
         damping = torch.where(better, damping / 5, damping * 10).clamp(1e-6, 1e6)
-        value, closed, D = loss(theta)
     own = (theta - alone).float()
     return with_own(readout, own[:, :K], own[:, -1] - math.log(2), own[:, K])
 

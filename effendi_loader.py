@@ -738,8 +738,7 @@ def peaks_of_genes(weights, totals, most):
     peak, gene, weight = entries.row[found], entries.col[found], entries.data[found]
     order = np.lexsort((peak, -weight * np.asarray(totals)[peak], gene))
     peak, gene, weight = peak[order], gene[order], weight[order]
-    first = np.flatnonzero(np.append(True, gene[1:] != gene[:-1]))[:len(gene)]
-    rank = np.arange(len(gene)) - np.repeat(first, np.diff(np.append(first, len(gene))))
+    rank = pd.Series(gene).groupby(gene).cumcount().to_numpy()
     number = np.cumsum(rank <= most) - 1                    # of the column
     columns = int(number[-1]) + 1 if len(number) else 0
     alone = np.bincount(number, minlength=columns) == 1
