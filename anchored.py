@@ -59,6 +59,9 @@ N_REFERENCES = 1000                                         # cells that stand f
 OWN = 8.0                                                   # learning rate of what belongs to one gene, over the rest's
 NOISE = 0.3                                                 # latent noise under which the readout must hold
 PEAK_SD = 0.7                                               # prior spread of what a peak counts for, 1 = as all others
+RESIDUAL_SD = 0.2                                           # of what D may miss of a gene's accessibility, mean about 1
+RESIDUAL_AXES = 16
+AMPLITUDE, OFFSET_SD = (0.8, 0.5), 10.0                     # priors of A and B where they are integrated out
 FEW = 10.0                                                  # counts below which a peak's share is that over all cells
 
 
@@ -220,18 +223,32 @@ class PeakShares:
         return nn.utils.rnn.pad_sequence(of_gene, batch_first=True, padding_value=-1)
 
 
-@torch.no_grad()
-def share_out(readout, access, depth, mean, peaks, block=4096):
-    """PeakShares: expected counts of the peaks around every landmark, as shares of their gene's.
+@dataclass
+class Seen:
+    """What Stage 1's cells show in the landmark states, each shared out as its ATAC says (state_posterior)."""
+    counts: torch.Tensor            # (J, G) sum_c P[c, j] access[c, g]
+    exposure: torch.Tensor          # (J,) sum_c P[c, j] s_c
 
-        n_jp = sum_k K(z_j, z_k) sum_c P[c, k] peaks[c, p],     share_jp = (n_jp + FEW share_p) / (n_jg + FEW)
-    P from the cells' ATAC (state_posterior), K Gaussian of BANDWIDTH, share_p over all cells.
-    """
-    gene, nodes = torch.as_tensor(peaks.gene), readout.landmarks
-    n_genes, expected = len(mean), 0.0
+
+@torch.no_grad()
+def gather(readout, access, depth, mean, peaks=None, block=4096):
+    """Seen, and the same counts of peaks (J, C), None without Peaks."""
+    counts, exposure, of_peaks = 0.0, 0.0, 0.0
     for rows in torch.arange(len(access)).split(block):
-        P = state_posterior(readout, nodes, access[rows], depth[rows], mean)
-        expected = expected + torch.from_numpy((peaks.counts[rows.numpy()].T @ P.numpy()).T.astype(np.float32))
+        P = state_posterior(readout, readout.landmarks, access[rows], depth[rows], mean)
+        counts, exposure = counts + P.T @ access[rows], exposure + P.T @ depth[rows]
+        if peaks is not None:
+            of_peaks = of_peaks + torch.from_numpy((peaks.counts[rows.numpy()].T @ P.numpy()).T.astype(np.float32))
+    return Seen(counts, exposure), None if peaks is None else of_peaks
+
+
+def share_out(nodes, expected, peaks, n_genes):
+    """PeakShares: expected counts of the peaks (J, C) around every landmark, as shares of their gene's.
+
+        n_jp = sum_k K(z_j, z_k) expected_kp,     share_jp = (n_jp + FEW share_p) / (n_jg + FEW)
+    K Gaussian of BANDWIDTH, share_p over all cells.
+    """
+    gene = torch.as_tensor(peaks.gene)
     expected = torch.exp(-torch.cdist(nodes, nodes).square() / (2 * BANDWIDTH**2)) @ expected
 
     def of_gene(values):
@@ -248,14 +265,19 @@ class Anchor:
     nll: float                      # held-out cells, per entry
     steps: int
     history: list                   # (step, held-out nll)
+    seen: Seen
     peaks: PeakShares | None = None
 
+    def state(self):
+        """Plain values and tensors, for a file; z is not among them, AlignMLP gives it."""
+        return {"align": self.align.state_dict(), "readout": self.readout.state_dict(), "nll": self.nll,
+                "steps": self.steps, "history": self.history, "seen": vars(self.seen),
+                "peaks": self.peaks and vars(self.peaks)}
 
-def restore_anchor(align_state, readout_state, x, gene_emb, peaks=None):
-    """An Anchor on the cells x (N, 256) from the saved weights of another one; gene_emb (G, 512) as it was fitted.
 
-    peaks: the other one's PeakShares as a dict.
-    """
+def restore_anchor(state, x, gene_emb):
+    """An Anchor on the cells x (N, 256) from the state of another one; gene_emb (G, 512) as it was fitted."""
+    align_state, readout_state, peaks = (state[name] for name in ("align", "readout", "peaks"))
     hidden = align_state["net.0.bias"].shape[0]
     align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(torch.as_tensor(gene_emb))
     readout.landmarks = torch.empty_like(readout_state["landmarks"])
@@ -263,8 +285,8 @@ def restore_anchor(align_state, readout_state, x, gene_emb, peaks=None):
     align.load_state_dict(align_state)
     readout.load_state_dict(readout_state)
     align.eval().requires_grad_(False)
-    return Anchor(align, readout.requires_grad_(False), align(torch.as_tensor(x)), math.nan, 0, [],
-                  None if peaks is None else PeakShares(**peaks))
+    return Anchor(align, readout.requires_grad_(False), align(torch.as_tensor(x)), state["nll"], state["steps"],
+                  state["history"], Seen(**state["seen"]), peaks and PeakShares(**peaks))
 
 
 def size_factors(counts):
@@ -354,8 +376,9 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         first.bias -= first.weight @ centre
         z = align(x)
     readout.land(z[train[:N_LANDMARKS]])
-    shares = None if peaks is None else share_out(readout, access, depth, mean, peaks)
-    return Anchor(align, readout, z, nll, step, history, shares)
+    seen, of_peaks = gather(readout, access, depth, mean, peaks)
+    shares = None if peaks is None else share_out(readout.landmarks, of_peaks, peaks, len(mean))
+    return Anchor(align, readout, z, nll, step, history, seen, shares)
 
 
 def sharpen(align, readout, x, access, depth, mean, train, rng, steps=100, lr=1e-2, align_steps=200, batch=512):
@@ -471,6 +494,73 @@ def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, blo
     return torch.cat(like), torch.cat(a), torch.cat(b)
 
 
+class Residual:
+    """What ATAC leaves open about the accessibility of genes: D(z, g) + r(z, g), r smooth over the states.
+
+        r(z, g) = sum_j w_j(z) (Phi c_g)_j            w as in GeneReadout.hidden
+        Phi Phi^T ~ RESIDUAL_SD^2 exp(-|z_j - z_k|^2 / 2 (2 h)^2), its leading axes;  c ~ N(0, 1) before any count
+        seen[j, g] / (mu_g s_j / T_j) ~ N(D + Phi c, variance of the counts)
+    D has been fitted to these counts, as well as its shape allows: how far it may be off, and where the counts say that
+    it is, decides what expression may ask of it. Exact in c: a normal distribution, kept as precision and pull.
+    Ref     Rasmussen & Williams 2006, Gaussian processes for machine learning, chapters 2 and 8
+    """
+
+    def __init__(self, readout, seen):
+        nodes = readout.landmarks
+        value, axis = torch.linalg.eigh(torch.exp(-torch.cdist(nodes, nodes).square() / (8 * BANDWIDTH**2)).double())
+        self.basis = RESIDUAL_SD * (axis * value.clamp_min(0).sqrt())[:, -RESIDUAL_AXES:]          # (J, R)
+        D = readout(nodes).clamp_min(0.02).double()
+        mean = (seen.counts.sum(0) / seen.exposure.sum()).clamp_min(1e-6)
+        weight = (seen.exposure / readout.log_size.exp())[:, None].double() * mean / D             # 1 / variance
+        n_axes = self.basis.shape[1]
+        self.precision = (weight.T @ products(self.basis)).view(-1, n_axes, n_axes) + torch.eye(n_axes)     # (G, R, R)
+        self.pull = (seen.counts / D - weight * D).T @ self.basis                                  # (G, R)
+
+
+def products(x):
+    """Of all pairs of columns (J, R) -> (J, R R)."""
+    return (x[:, :, None] * x[:, None]).flatten(1)
+
+
+@torch.no_grad()
+def grid_evidence(states, readout, counts, exposure, mean, kernel, A, now, residual, times=TIMES):
+    """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U).
+
+        y = A sum_s W_s(tau) D(z_s) + A_0 sum_s W_s(tau) r(z_s) + B        y normal with the variance of counts
+        A ~ N(0.8, 0.5^2), B ~ N(0, 10^2), r what ATAC leaves open (Residual), A_0 the A found before
+    A course that ATAC does not show well may be another one: a delay that only its noise asks for is not believed, and
+    expression helps to find the course.
+
+    Shapes  states (T+1, J, 8), counts (J, G), exposure (J,), mean and A (G,), now (J, G) yhat, for the variance
+    """
+    W = kernel_weights(LOG_TAU.exp(), times, kernel).double()
+    D, moved_basis = readout(states).double(), readout.near(states).double() @ residual.basis       # (T+1, J, G or R)
+    now, A = now.clamp_min(0.05).double(), A.double()[:, None]
+    w, wy = mean * exposure[:, None] / now, counts / now                        # 1 / variance of y, and that times y
+    n_axes, evidence = residual.basis.shape[1], []
+    Q, v = w.new_empty(len(mean), n_axes + 2, n_axes + 2), w.new_empty(len(mean), n_axes + 2)
+    for weights in W:                                       # variables: B, A, c_1 ... c_R
+        f, r = (torch.einsum("s,sjk->jk", weights, part) for part in (D, moved_basis))
+        wf = w * f
+        Q[:, 0, 0], Q[:, 1, 1] = w.sum(0) + OFFSET_SD**-2, (wf * f).sum(0) + AMPLITUDE[1]**-2
+        Q[:, 0, 1] = Q[:, 1, 0] = wf.sum(0)
+        Q[:, 0, 2:] = Q[:, 2:, 0] = A * (w.T @ r)
+        Q[:, 1, 2:] = Q[:, 2:, 1] = A * (wf.T @ r)
+        Q[:, 2:, 2:] = A[..., None].square() * (w.T @ products(r)).view(-1, n_axes, n_axes) + residual.precision
+        v[:, 0], v[:, 1] = wy.sum(0), (wy * f).sum(0) + AMPLITUDE[0] * AMPLITUDE[1]**-2
+        v[:, 2:] = A * (wy.T @ r) + residual.pull
+        evidence.append(normal_evidence(Q, v)[0])
+    evidence = torch.stack(evidence, 1)
+    return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
+
+
+def normal_evidence(Q, v):
+    """log int exp(v.x - x.Q x / 2) dx up to a constant (...), the mean of x (..., K) and the Cholesky factor of Q."""
+    factor = torch.linalg.cholesky(Q)
+    centre = torch.cholesky_solve(v[..., None], factor)[..., 0]
+    return (0.5 * (v * centre).sum(-1) - torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)), centre, factor
+
+
 @dataclass
 class DelayFit:
     """What Stage 2 found."""
@@ -480,7 +570,7 @@ class DelayFit:
     sd: torch.Tensor                # (G,) posterior standard deviation, readout, flow and states given
     A: torch.Tensor                 # (G,)
     B: torch.Tensor                 # (G,)
-    log_like: torch.Tensor          # (G, U) on LOG_TAU, before the gauge
+    log_like: torch.Tensor          # (G, U) grid_evidence on LOG_TAU, before the gauge
     held_out: torch.Tensor          # (N_out,) log-likelihood of each held-out cell
     still: torch.Tensor             # (N_out,) the same for v = 0
     own: torch.Tensor               # (G,) log-likelihood of a gene's own chromatin beyond another gene's, v = 0
@@ -706,6 +796,7 @@ class _EM:
         M   v follows the gradient; cells start from z_c, which ATAC alone gives
         E   P[c, j] ~ p(access[c] | z_j) prod_g share_jg^counts[c, g]               z_j the readout's landmarks
             share_jg = mu_g yhat(z_j, g) / sum of it;  then L_g(log tau) from the sums of P counts and P depth per state
+            The last one, on all cells, does without the readout's word for a gene's accessibility (grid_evidence).
     The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
     has a flat first factor. Nothing of this is needed or used to predict. A factor that is broader than what ATAC says,
     such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too.
@@ -724,6 +815,7 @@ class _EM:
     rna_only: torch.Tensor
     given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j)
     peaks: PeakShares | None
+    seen: Seen
 
     @classmethod
     def of(cls, anchor, access, counts, rng, held_out=0.1, times=TIMES, prior_sd=1.0, batch=256, kinetic=0.012,
@@ -734,7 +826,7 @@ class _EM:
         with torch.no_grad():
             given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, *size_factors(access))
         return cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
-                   rna_only, given_atac, anchor.peaks)
+                   rna_only, given_atac, anchor.peaks, anchor.seen)
 
     def begin(self, kernel, after=None):
         """The start of a fit, or what a fit with another kernel has reached, read with this one."""
@@ -771,29 +863,27 @@ class _EM:
             counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
         return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
 
-    @torch.no_grad()
-    def likelihood(self, flow, rows, kernel=None):
-        """grid_likelihood of the cells `rows`, and the posterior: L, A, B (G, U), weights (G, U), mean, sd (G,)."""
-        states, counts, exposure = self.at_landmarks(flow, rows)
-        grids = grid_likelihood(states, flow.readout, counts, exposure, self.mean, kernel or flow.kernel,
-                                (flow.A * self.weights(flow).T, flow.B), times=self.times)
-        return *grids, *posterior(grids[0], flow.prior, self.prior_sd)
-
     def e_step(self, flow, damping=1.0, kernel=None):
         """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
-        _, a, b, share, centre, sd = self.likelihood(flow, self.train, kernel)
+        like, a, b = self.likelihood(flow, *self.at_landmarks(flow, self.train), kernel)
+        share, centre, sd = posterior(like, flow.prior, self.prior_sd)
         centre = centre - gauge(centre, sd, self.prior_sd)
         return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
                        A=flow.A + damping * ((share * a).sum(1) - flow.A),
                        B=flow.B + damping * ((share * b).sum(1) - flow.B),
                        prior=head_means(self.readout.e, centre, sd, self.prior_sd))
 
+    def likelihood(self, flow, states, counts, exposure, kernel=None):
+        """grid_likelihood of what at_landmarks gives: L, A, B (G, U)."""
+        return grid_likelihood(states, flow.readout, counts, exposure, self.mean, kernel or flow.kernel,
+                               (flow.A * self.weights(flow).T, flow.B), times=self.times)
+
     @torch.no_grad()
     def weigh(self, flow):
         """The flow with D', a readout of those peaks of every gene that its expression follows.
 
             y = B + sum_p (A + d_p) F_p,   F_p = sum_s W_s(tau) D(z_s, g) share_p(z_s)       at the landmarks
-            A ~ N(0.8, 0.5^2), B ~ N(0, 10^2), d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
+            A and B as in grid_evidence, d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
             b_p = E[A + d_p] over the posterior of tau, whose evidence has A, B, d integrated out
             D'(z) ~ sum_p b_p D(z, g) share_p(z) + c_g, c_g such that it is nowhere below 2 % of its mean size
         Peaks of which expression follows only some, or which repress it, would otherwise bend the delay. Where
@@ -882,13 +972,20 @@ class _EM:
     def describe(self, flow, rng):
         """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain.
 
+        The delays come from grid_evidence. A and B go with D' as it is, since that is what predicts.
         v = 0 is given the better of the weights of peaks that the moving fit chose and of its own. A gene's own
         chromatin is compared with another's before peaks are weighed, since those of the other are not.
         """
         offset = self.exposure(flow)
-        like, a, b, share, centre, sd = self.likelihood(flow, torch.arange(len(self.z)))
+        weights = self.weights(flow)
+        states, counts, exposure = self.at_landmarks(flow, torch.arange(len(self.z)))
+        _, a, b = self.likelihood(flow, states, counts, exposure)
+        evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel, flow.A,
+                                 predict(states, flow.readout, weights, flow.A, flow.B),
+                                 Residual(self.readout, self.seen), self.times)
+        share, centre, sd = posterior(evidence, flow.prior, self.prior_sd)
         moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
-                                 flow.kernel, (flow.A * self.weights(flow).T, flow.B), times=self.times)[0]
+                                 flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
         readouts = [flow.readout]
         if self.peaks is not None:
             readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=self.readout))).readout)
@@ -900,14 +997,14 @@ class _EM:
         own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)
                         for genes in (None, another))
         level = gauge(centre, sd, self.prior_sd).item()
-        return DelayFit(flow.field, flow.kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), like,
+        return DelayFit(flow.field, flow.kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1), evidence,
                         flow.held_out, still, own - foreign,
                         (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene, level,
                         flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history],
                         flow.readout.own(), flow.peak_weight, flow.peak_sd)
 
 
-def weigh_peaks(part, W, w, wy, amplitude=(0.8, 0.5), offset_sd=10.0):
+def weigh_peaks(part, W, w, wy):
     """Log evidence (g, U), mean and variance (g, U, k) of A + d_p of genes at every tau of a grid: _EM.weigh's model.
 
     Shapes  part (T+1, J, g, k) peaks along the paths, W (U, T+1), w and wy (J, g) precision of y and that times y
@@ -927,15 +1024,11 @@ def weigh_peaks(part, W, w, wy, amplitude=(0.8, 0.5), offset_sd=10.0):
     Q[..., 0, 1:] = Q[..., 1:, 0] = W @ weighted.sum(1).view(n, S, k) @ mix
     v[..., 0], v[..., 1:] = wy.sum(0)[:, None], W @ (flat.mT @ wy.T[..., None]).view(n, S, k) @ mix
     precision = W.new_full((k + 2,), PEAK_SD**-2)
-    precision[0], precision[1] = offset_sd**-2, amplitude[1]**-2
-    v[..., 1] += amplitude[0] * precision[1]
-    factor = torch.linalg.cholesky(Q + torch.diag(precision))
-    covariance = torch.cholesky_inverse(factor)
-    centre = (covariance @ v[..., None])[..., 0]
-    evidence = (0.5 * (v * centre).sum(-1) - torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
-                + 0.5 * precision.log().sum())
-    spread = (mix @ covariance[..., 1:, 1:] @ mix.T).diagonal(dim1=-2, dim2=-1)
-    return evidence, (centre[..., 1:] @ mix.T).float(), spread.float()
+    precision[0], precision[1] = OFFSET_SD**-2, AMPLITUDE[1]**-2
+    v[..., 1] += AMPLITUDE[0] * precision[1]
+    evidence, centre, factor = normal_evidence(Q + torch.diag(precision), v)
+    spread = (mix @ torch.cholesky_inverse(factor)[..., 1:, 1:] @ mix.T).diagonal(dim1=-2, dim2=-1)
+    return evidence + 0.5 * precision.log().sum(), (centre[..., 1:] @ mix.T).float(), spread.float()
 
 
 @torch.no_grad()

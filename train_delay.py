@@ -204,8 +204,9 @@ def load_anchored():
     """
     data, saved = load_paired(), artifacts.load_model("align_mlp.pt")
     artifacts.same_rows("effendi_atac_emb.npy", "gene_accessibility.npz", "gene_peaks.npz")
-    if "members" not in saved:
-        raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained under OBJECTIVE specification.\n"
+    if "seen" not in saved.get("members", [{}])[0]:
+        raise ValueError(f"{artifacts.path('align_mlp.pt')} was trained under OBJECTIVE specification or by an earlier "
+                         "version.\n"
                          "  Train it again: python train_vf.py")
     fitted = data["genes"].index.isin(saved["genes"])
     if list(data["genes"].index[fitted]) != saved["genes"]:
@@ -360,7 +361,7 @@ def run_anchored():
     data, members = load_anchored()
     device = config.pick_device()
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
-    anchors = [anchored.restore_anchor(m["align"], m["readout"], data["x"], data["emb"], m["peaks"]) for m in members]
+    anchors = [anchored.restore_anchor(m, data["x"], data["emb"]) for m in members]
     done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
     shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"],
                   rna_only=data["rna_only"], peaks=data["peaks"], seed=config.SEED, members=anchors,

@@ -160,10 +160,8 @@ def load_accessibility():
 def fit_member(shared, member):
     """One member of Stage 1 as plain values and tensors: a job of workers.Pool."""
     rng = anchored.generator(shared["seed"], "anchor", member)
-    anchor = anchored.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"],
-                                 peaks=shared["peaks"])
-    return {"align": anchor.align.state_dict(), "readout": anchor.readout.state_dict(), "steps": anchor.steps,
-            "nll": anchor.nll, "history": anchor.history, "peaks": anchor.peaks and vars(anchor.peaks)}
+    return anchored.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"],
+                               peaks=shared["peaks"]).state()
 
 
 def run_anchored():

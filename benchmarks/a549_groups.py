@@ -70,7 +70,7 @@ def load():
     rows = pd.Index(artifacts.load_table("effendi_atac_obs.csv").index).get_indexer(cells.obs_names)
     columns = artifacts.load_table("genes.csv").index.get_indexer(genes)
     x = torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32))
-    stage1 = [anchored.restore_anchor(m["align"], m["readout"], x, saved["gene_emb"])
+    stage1 = [anchored.restore_anchor(m, x, saved["gene_emb"])
               for m in artifacts.load_model("align_mlp.pt")["members"]]
     bulk = pd.read_csv(BULK, sep="\t").set_index("gene.name")
     calls = bulk["gene.regulation"].reindex(genes).to_numpy()
