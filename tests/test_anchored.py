@@ -304,6 +304,55 @@ def test_expression_that_follows_one_peak_at_once_does_not_pass_for_a_delay():
         assert (anchored.z_score(found.gain) > 3) == passes
 
 
+def test_grid_evidence_is_the_probability_of_both_modalities_counts():
+    """Against the dense normal distribution of one gene's RNA and ATAC at all states, A, B and residual as noise."""
+    rng = generator()
+    readout = anchored.GeneReadout(torch.randn(12, 64, generator=rng)).requires_grad_(False)
+    readout.land(torch.randn(60, anchored.LATENT, generator=rng))
+    nodes = readout.landmarks
+    mean = torch.ones(12)
+    s_a, s_r = 5 + 20 * torch.rand(2, 60, generator=rng)
+    D = readout(nodes).clamp_min(0.02)                      # as Residual does
+    seen = anchored.Seen(torch.poisson(s_a[:, None] * D, generator=rng), s_a)
+    states = nodes + torch.linspace(0, 1, 7)[:, None, None] * torch.randn(60, anchored.LATENT, generator=rng)
+    counts, A = torch.poisson(s_r[:, None] * D, generator=rng), 0.5 + torch.rand(12, generator=rng)
+    now = D + 0.1
+    residual = anchored.Residual(readout, seen)
+    found = anchored.grid_evidence(states, readout, counts, s_r, mean, "exp", A, now, residual)
+    W, g = anchored.kernel_weights(anchored.LOG_TAU.exp(), anchored.TIMES, "exp").double(), 3
+    rate = seen.counts.sum(0) / s_a.sum()                   # mean of ATAC
+    of_atac = ((s_a / readout.log_size.exp())[:, None] * rate)[:, g].double()
+    observed = torch.cat([counts[:, g] / s_r, seen.counts[:, g] / of_atac - D[:, g]]).double()
+    noise = torch.cat([now[:, g] / s_r, D[:, g] / of_atac]).double()
+    prior = torch.diag(torch.cat([torch.tensor([10.0**2, 0.5**2]), torch.ones(anchored.RESIDUAL_AXES)])).double()
+    exact = []
+    for w in W:
+        f = w @ readout(states)[:, :, g].double()
+        r = torch.einsum("s,sjr->jr", w, readout.near(states).double() @ residual.basis)
+        of_rna = torch.cat([torch.ones(60, 1), f[:, None], A[g] * r], 1)
+        X = torch.cat([of_rna, torch.cat([torch.zeros(60, 2), residual.basis], 1)])
+        distribution = torch.distributions.MultivariateNormal(X[:, 1] * 0.8, X @ prior @ X.T + torch.diag(noise))
+        exact.append(distribution.log_prob(observed))
+    exact = torch.stack(exact)
+    np.testing.assert_allclose(found[g], exact - exact.max(), atol=1e-3)        # float32 sums of the weights
+
+
+def test_delays_gain_where_chromatin_is_thin(monkeypatch):
+    """A sixth of the ATAC counts: Spearman with the residual, and with next to none, over four populations."""
+    gain = []
+    for seed in range(4):
+        x, access, counts, emb, log_tau = population(seed=seed)
+        access = np.random.default_rng(seed).binomial(access.astype(int), 1 / 6).astype(np.float32)
+        recovered = []
+        for sd in (anchored.RESIDUAL_SD, 1e-3):
+            monkeypatch.setattr(anchored, "RESIDUAL_SD", sd)
+            found = anchored.fit(x, access, counts, emb, generator(), kernel="exp", members=1)
+            recovered.append(anchored.spearman(found.log_tau, torch.tensor(log_tau)))
+        monkeypatch.undo()
+        gain.append(recovered[0] - recovered[1])
+    assert np.mean(gain) > 0.02
+
+
 # --- both stages -----------------------------------------------------------------------------------------------------
 
 def population(cells=700, genes=60, seed=0, with_time=False, longest=2.5):
