@@ -39,9 +39,9 @@ import torch
 from scipy.stats import norm
 from scipy.stats import t as student
 
-import anchored
 import artifacts
 import config
+import delay_fit
 import inference
 
 OUTPUT = "gene_tau_hours.csv"
@@ -154,7 +154,7 @@ def scale_from_times(model, z_atac, hours, seed):
                          "  Train the default: python run.py --set OBJECTIVE=anchored")
     seen = []
     for member in model.members:
-        path = anchored.path(member.field.net, member.align(torch.as_tensor(z_atac)))
+        path = delay_fit.path(member.field.net, member.align(torch.as_tensor(z_atac)))
         level = (member.log_tau - model.tau_predictor.log_tau).mean()
         seen.append((member.readout.hidden(path), float(level)))
     return scale_from_paths(seen, hours, seed)
@@ -165,7 +165,7 @@ def scale_from_paths(seen, hours, seed):
     rng, cuts = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     members = []
     for states, level in seen:
-        found = member_pace(time_score(states, hours, cuts), hours, anchored.TIMES, rng)
+        found = member_pace(time_score(states, hours, cuts), hours, delay_fit.TIMES, rng)
         low = np.quantile(found["draws"], 1 - LEVEL)
         if not low > 0:
             raise ValueError("the flow does not carry cells back along their collection times "

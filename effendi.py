@@ -26,18 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from align_mlp import AlignMLP
-from anchored import (
-    LATENT,
-    TIMES,
-    GeneReadout,
-    cell_size,
-    head_predict,
-    kernel_weights,
-    new_gene_delays,
-    path,
-    predict,
-    read_new_genes,
-)
+from chromatin import LATENT, GeneReadout, read_new_genes
+from delay_fit import TIMES, cell_size, head_predict, kernel_weights, new_gene_delays, path, predict
 from vector_field import EffendiVectorField, interpolation_weights
 
 
@@ -132,7 +122,7 @@ def delay_losses(model, out, z_R, expression, n_steps_back):
 # --- the identifiable model -----------------------------------------------------------------------------------
 
 class AnchoredMember(nn.Module):
-    """One fit of anchored.py: latent, readout D' of the chromatin that expression follows, flow, and the delays in this
+    """One fit of both stages: latent, readout D' of the chromatin that expression follows, flow, and the delays in this
     flow's own time."""
 
     def __init__(self, in_dim, dim, n_genes, align_hidden, vf_hidden, n_landmarks):

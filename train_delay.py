@@ -1,6 +1,6 @@
 """Stage 2: learn tau_g from paired cells.
 
-OBJECTIVE = "anchored" (default; equations in anchored.py)
+OBJECTIVE = "anchored" (default; equations in delay_fit.py)
     Stage 2.1   latent and readout frozen: flow, delays and kernel by expectation-maximisation, MEMBERS fits
     Stage 2.2   what they are worth: refits on halves and on resampled cells give the gate, the intervals, the
                 reasons why a gene's delay cannot be told, and delays that differ between cell states
@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 import anchored
 import artifacts
+import chromatin
 import config
+import delay_fit
 import effendi_loader
 import inference
 from effendi import AnchoredEffendi, Effendi, delay_losses
@@ -221,7 +223,7 @@ def load_anchored():
     access = artifacts.load_sparse("gene_accessibility.npz")[data["rows_atac"]][:, fitted]
     peaks = None
     if config.PEAKS_PER_GENE:
-        peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[data["rows_atac"]],
+        peaks = chromatin.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[data["rows_atac"]],
                                   artifacts.load_table("gene_peaks.csv").index, saved["genes"])
     alone = np.setdiff1d(np.arange(data["all_counts"].shape[0]), data["rows_rna"])
     alone = np.sort(np.random.default_rng(config.SEED).permutation(alone)[:config.RNA_ONLY_CELLS])
@@ -260,12 +262,12 @@ class Kept:
         self.state = state
 
     def result(self):
-        return anchored.DelayFit.from_state(self.state)
+        return delay_fit.DelayFit.from_state(self.state)
 
 
 def fit_member(shared, m, kernel):
     rng = anchored.generator(shared["seed"], "delay", m)
-    return anchored.fit_delay(shared["members"][m], shared["access"], shared["counts"], rng, kernel, shared["epochs"],
+    return delay_fit.fit_delay(shared["members"][m], shared["access"], shared["counts"], rng, kernel, shared["epochs"],
                               held_out=shared["held_out"], rna_only=shared["rna_only"])
 
 
@@ -316,7 +318,7 @@ def build_anchored(result, data, groups, shift):
 def anchored_table(result, low, high, ok, why, tau, data):
     """gene_tau_estimates.csv. A gene without accessibility of its own gets what its embedding says, no interval."""
     fitted, n = data["fitted"], len(data["genes"])
-    guess = anchored.head_predict(torch.from_numpy(data["emb"]), result.log_tau, result.sd,
+    guess = delay_fit.head_predict(torch.from_numpy(data["emb"]), result.log_tau, result.sd,
                                   torch.from_numpy(data["gene_emb"])).exp().numpy()
     table = pd.DataFrame(dict(
         tau=guess, tau_low=np.nan, tau_high=np.nan, cell_sd=0.0,
@@ -361,7 +363,7 @@ def run_anchored():
     data, members = load_anchored()
     device = config.pick_device()
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
-    anchors = [anchored.restore_anchor(m, data["x"], data["emb"]) for m in members]
+    anchors = [chromatin.restore_anchor(m, data["x"], data["emb"]) for m in members]
     done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
     shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"],
                   rna_only=data["rna_only"], peaks=data["peaks"], seed=config.SEED, members=anchors,

@@ -1,7 +1,7 @@
 """Stage 1, on cells that need not be paired.
 
 OBJECTIVE = "anchored" (default): what a state means in chromatin.
-    z = AlignMLP(z_ATAC), D(z, g) a readout of gene g's own accessibility; both fitted to ATAC alone (anchored.py)
+    z = AlignMLP(z_ATAC), D(z, g) a readout of gene g's own accessibility; both fitted to ATAC alone (chromatin.py)
 
 OBJECTIVE = "specification": AlignMLP and v_theta, so that the ATAC cloud, carried by the ODE, covers the RNA cloud.
     L = SW2(phi_tau_bar(z_A), z_R)^2 + W_REVERSE L_reverse          tau_bar one positive number, learned
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import anchored
 import artifacts
+import chromatin
 import config
 from align_mlp import AlignMLP
 from effendi import reverse_loss
@@ -150,7 +151,7 @@ def load_accessibility():
     names, peaks = list(genes.index[seen]), None
     if config.PEAKS_PER_GENE:
         artifacts.made_with("gene_peaks.npz", PEAKS_PER_GENE=config.PEAKS_PER_GENE)
-        peaks = anchored.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[rows],
+        peaks = chromatin.Peaks.of(artifacts.load_sparse("gene_peaks.npz")[rows],
                                   artifacts.load_table("gene_peaks.csv").index, names)
     return (artifacts.load_array("effendi_atac_emb.npy", (None, config.HYENADNA_D_MODEL))[rows],
             access[:, seen].toarray(), artifacts.load_array("gene_embeddings.npy", (None, config.DIM))[seen], names,
@@ -160,7 +161,7 @@ def load_accessibility():
 def fit_member(shared, member):
     """One member of Stage 1 as plain values and tensors: a job of workers.Pool."""
     rng = anchored.generator(shared["seed"], "anchor", member)
-    return anchored.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"],
+    return chromatin.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"],
                                peaks=shared["peaks"]).state()
 
 
@@ -192,7 +193,7 @@ def run_anchored():
     facts = dict(stage="train_vf", key=key, seconds=round(seconds, 1), cells=len(x), genes=len(genes),
                  metrics=dict(held_out_nll=[d["nll"] for d in done]))
     torch.manual_seed(config.SEED)
-    field = EffendiVectorField(config.DIM, config.VF_HIDDEN, rank=anchored.LATENT)
+    field = EffendiVectorField(config.DIM, config.VF_HIDDEN, rank=chromatin.LATENT)
     weighed = artifacts.hash_file(artifacts.path("gene_peaks.csv")) if config.PEAKS_PER_GENE else None
     artifacts.save_model("align_mlp.pt", {"members": done, "genes": genes, "gene_peaks": weighed}, **facts)
     artifacts.save_model("vector_field_frozen.pt", {"args": field.args, "state_dict": field.state_dict()}, **dict(

@@ -32,10 +32,11 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
-import anchored  # noqa: E402
 import artifacts  # noqa: E402
 import calibrate  # noqa: E402
+import chromatin  # noqa: E402
 import config  # noqa: E402
+import delay_fit  # noqa: E402
 import inference  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -70,7 +71,7 @@ def load():
     rows = pd.Index(artifacts.load_table("effendi_atac_obs.csv").index).get_indexer(cells.obs_names)
     columns = artifacts.load_table("genes.csv").index.get_indexer(genes)
     x = torch.from_numpy(np.asarray(cells.obsm["z_atac"], np.float32))
-    stage1 = [anchored.restore_anchor(m, x, saved["gene_emb"])
+    stage1 = [chromatin.restore_anchor(m, x, saved["gene_emb"])
               for m in artifacts.load_model("align_mlp.pt")["members"]]
     bulk = pd.read_csv(BULK, sep="\t").set_index("gene.name")
     calls = bulk["gene.regulation"].reindex(genes).to_numpy()
@@ -159,12 +160,12 @@ def bulk_timing(bulk, genes):
 def own_gain(data, rng):
     """{group: (genes,)} nats by which a gene's RNA, over all cells, prefers its own readout to another's; v = 0."""
     counts = torch.from_numpy(data["counts"])
-    depth, mean = anchored.size_factors(counts)
+    depth, mean = chromatin.size_factors(counts)
     gains = {name: [] for name in data["groups"]}
     for anchor in data["stage1"]:
 
         def likelihood(genes, anchor=anchor):
-            return anchored.still_genes(anchor.z, anchor.readout, counts, depth, mean, genes).numpy()
+            return delay_fit.still_genes(anchor.z, anchor.readout, counts, depth, mean, genes).numpy()
 
         own = likelihood(torch.arange(counts.shape[1]))
         for _ in range(OTHERS):
@@ -183,7 +184,7 @@ class Flow:
     """A member's fit along some cells: path (S, N, 8), exposures (N,), readout, kernel, log ODE time at tau = 1."""
     path: torch.Tensor
     exposure: torch.Tensor
-    readout: anchored.GeneReadout
+    readout: chromatin.GeneReadout
     kernel: str
     level: float
 
@@ -193,11 +194,11 @@ def stored_flows(data, order=slice(None)):
     """The run's members along its cells; with order, along the chromatin of other cells (A, B and the weights of peaks
     stay those of the true pairs)."""
     model, flows = data["model"], []
-    depth, mean = anchored.size_factors(torch.from_numpy(data["counts"]))
+    depth, mean = chromatin.size_factors(torch.from_numpy(data["counts"]))
     for m in model.members:
-        states = anchored.path(m.field.net, m.align(data["x"][order]))
-        weights = anchored.kernel_weights(m.log_tau.exp(), anchored.TIMES, model.kernel)
-        exposure = anchored.exposures(states, m.readout, weights, m.A, m.B, depth, mean)
+        states = delay_fit.path(m.field.net, m.align(data["x"][order]))
+        weights = delay_fit.kernel_weights(m.log_tau.exp(), delay_fit.TIMES, model.kernel)
+        exposure = delay_fit.exposures(states, m.readout, weights, m.A, m.B, depth, mean)
         flows.append(Flow(states, exposure, m.readout, model.kernel,
                           float((m.log_tau - model.tau_predictor.log_tau).mean())))
     return flows
@@ -206,14 +207,14 @@ def stored_flows(data, order=slice(None)):
 @torch.no_grad()
 def group_tau(flows, counts, groups, rng):
     """Relative tau of each group from the sum of its genes' log-likelihoods, genes resampled: {group: (draws,)}."""
-    mean = anchored.size_factors(counts)[1]
+    mean = chromatin.size_factors(counts)[1]
     found = {name: 0 for name in groups}
     picks = {name: rng.choice(np.flatnonzero(group), (DRAWS, group.sum())) for name, group in groups.items()}
     for flow in flows:
-        like = anchored.grid_likelihood(flow.path, flow.readout, counts, flow.exposure, mean, flow.kernel)[0].double()
+        like = delay_fit.grid_likelihood(flow.path, flow.readout, counts, flow.exposure, mean, flow.kernel)[0].double()
         for name, pick in picks.items():
             share = torch.softmax(like[pick].sum(1), 1)                                         # (draws, U)
-            found[name] = found[name] + (share @ anchored.LOG_TAU.double() - flow.level).numpy() / len(flows)
+            found[name] = found[name] + (share @ delay_fit.LOG_TAU.double() - flow.level).numpy() / len(flows)
     return {name: np.exp(value) for name, value in found.items()}
 
 

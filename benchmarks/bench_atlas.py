@@ -24,7 +24,9 @@ import torch  # noqa: E402
 from scipy import sparse  # noqa: E402
 
 import anchored  # noqa: E402
+import chromatin  # noqa: E402
 import config  # noqa: E402
+import delay_fit  # noqa: E402
 import effendi_loader as loader  # noqa: E402
 import linear_encoder as linear  # noqa: E402
 import precompute_embeddings as stage0  # noqa: E402
@@ -48,7 +50,7 @@ def embed(sim, paired):
     near, gene, _ = loader.peaks_of_genes(weights, totals, config.PEAKS_PER_GENE)
     counts = sim.rna.X[:paired].toarray()
     return anchored.as_data(x, access, counts, stage0.gene_embeddings(loadings(counts), loadings(access[:paired])),
-                            peaks=anchored.Peaks(sparse.vstack([b @ near for b in blocks], "csr"), gene)
+                            peaks=chromatin.Peaks(sparse.vstack([b @ near for b in blocks], "csr"), gene)
                             if config.PEAKS_PER_GENE else None)
 
 
@@ -76,13 +78,13 @@ def pretrained(z, rna, em, rng, steps=300, batch=512, axes=10):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps + 1)
     for _ in range(steps):
         a, r = torch.randint(len(z), (batch,), generator=rng), torch.randint(len(rna), (batch,), generator=rng)
-        states, speed_sq = anchored.moving_path(flow.field, z[a], em.times)
-        m = share * anchored.predict(states, em.readout, em.weights(flow), flow.A, flow.B)
+        states, speed_sq = delay_fit.moving_path(flow.field, z[a], em.times)
+        m = share * delay_fit.predict(states, em.readout, em.weights(flow), flow.A, flow.B)
         m = m / m.sum(1, keepdim=True) * depth[r]
         noisy = m + m.sqrt() * torch.randn(m.shape, generator=rng)
         loss = sliced_w2_sq((stable(noisy, depth[r]) - centre) @ V, (stable(rna[r], depth[r]) - centre) @ V,
                             random_directions(axes, 64, rng))
-        anchored.descend(loss + em.kinetic * speed_sq, optimiser, schedule)
+        chromatin.descend(loss + em.kinetic * speed_sq, optimiser, schedule)
     return flow.field
 
 
@@ -93,7 +95,7 @@ def recoveries(sim, paired):
     planted, found = np.log(sim.truth["tau"].to_numpy()[seen]), {}
     embedded = {name: embed(data, paired) for name, data in dict(
         paired=replace(sim, unpaired_atac=None), atlas=sim).items()}
-    anchors = {name: anchored.fit_anchor(data["x"], data["access"], data["gene_emb"], anchored.generator(0, "anchor"),
+    anchors = {name: chromatin.fit_anchor(data["x"], data["access"], data["gene_emb"], anchored.generator(0, "anchor"),
                                          peaks=data["peaks"]) for name, data in embedded.items()}
     for name in COLUMNS:
         cells = "paired" if name == "paired" else "atlas"
@@ -102,7 +104,7 @@ def recoveries(sim, paired):
         if name.startswith("W2"):
             def field(em, z=anchor.z):
                 return pretrained(z, atlas, em, anchored.generator(0, "W2"))
-        delay = anchored.fit_delay(replace(anchor, z=anchor.z[:paired]), data["access"][:paired], data["counts"],
+        delay = delay_fit.fit_delay(replace(anchor, z=anchor.z[:paired]), data["access"][:paired], data["counts"],
                                    anchored.generator(0, "delay"), "exp", field=field,
                                    rna_only=atlas if name.endswith("RNA") else None)
         found[name] = anchored.spearman(delay.log_tau[seen], torch.as_tensor(planted))

@@ -25,6 +25,7 @@ from bench_atlas import embed  # noqa: E402
 
 import anchored  # noqa: E402
 import calibrate  # noqa: E402
+import delay_fit  # noqa: E402
 import simulate  # noqa: E402
 
 CELLS, GENES = 3000, 400
@@ -35,7 +36,7 @@ COURSES = {0.5: (0, 1, 2, 3), 1.0: (0, 1, 3, 6), 2.0: (0, 1, 3, 6)}
 def estimate(result, hours, seed):
     """log scale and its sd from a Result and the collection times (N,) in hours, as calibrate.scale_from_times."""
     with torch.no_grad():
-        seen = [(anchor.readout.hidden(anchored.path(delay.field, anchor.z)),
+        seen = [(anchor.readout.hidden(delay_fit.path(delay.field, anchor.z)),
                  float((delay.log_tau + delay.gauge - result.log_tau).mean()))
                 for anchor, delay in zip(result.anchors, result.delays)]
         return calibrate.scale_from_paths(seen, hours, seed)[:2]
@@ -45,7 +46,7 @@ def needed(result, truth):
     """log of the scale that turns relative tau into the planted hours, a mean over genes."""
     used = (truth["changes"] & truth["has_link"]).to_numpy(bool)
     gap = torch.as_tensor(np.log(truth["tau_h"].to_numpy()), dtype=torch.float32) - result.log_tau
-    return float(anchored.gauge(gap[used], result.sd[used], 1.0))
+    return float(delay_fit.gauge(gap[used], result.sd[used], 1.0))
 
 
 def one(seed, hours_per_unit):

@@ -24,7 +24,7 @@ gene embeddings. Rows:
     multivelo           MultiVelo 0.1.5 in an environment of its own, on spliced and unspliced counts
 
 Every finished (data set, row) is a line of OUT/results.jsonl and is not done again, unless it failed; estimates and
-refits lie in OUT/estimates. `code` in a line is a hash of anchored.py, --redo does again what another version did.
+refits lie in OUT/estimates. `code` in a line is a hash of the files that fit, --redo does again what others did.
 seconds is wall-clock, of the fit alone in default and the shuffled rows; cpu_seconds what the process itself used,
 since cores may be shared; mib the peak resident memory of the process during the row, about 500 MiB of libraries
 and the data included. One thread, one process; with --processes 2 members are fitted side by side.
@@ -60,7 +60,9 @@ import torch  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 
 import anchored  # noqa: E402
+import chromatin  # noqa: E402
 import config  # noqa: E402
+import delay_fit  # noqa: E402
 import effendi_loader  # noqa: E402
 import inference  # noqa: E402
 import linear_encoder  # noqa: E402
@@ -75,6 +77,7 @@ SIZES = {"main": {}, "few": dict(cells=1000), "one": dict(lineages=1), "genes": 
          "cells": dict(cells=6000)}
 SIZE_NAMES = {"main": "3 lineages, 3,000 cells, 400 genes", "few": "1,000 cells", "one": "one lineage",
               "genes": "1,000 genes", "cells": "6,000 cells"}
+FITS = ("chromatin.py", "delay_fit.py", "anchored.py")
 STEP = 0.05                                 # of the grid on which courses along time are kept
 WIDTHS = (0.1, 0.16, 0.25, 0.4, 0.65)       # bandwidths tried for them, time units, held-out cells choose
 LAST_LAG = 3.0                              # longest lag that cross-correlation tries
@@ -94,7 +97,7 @@ class Data:
     cells: pd.DataFrame
     options: simulate.Options
     atac_depth: np.ndarray      # (N,)
-    peaks: anchored.Peaks       # of the G genes
+    peaks: chromatin.Peaks       # of the G genes
     peak: np.ndarray            # (C,) numbers of the peaks in the simulation, -1 several
 
     @property
@@ -127,7 +130,7 @@ def make(size, depth, kernel, seed, level=True, **options):
     return Data(linear_encoder.pad(linear_encoder.lsi_transform(opened, lsi), config.HYENADNA_D_MODEL),
                 access.toarray().astype(np.float32), counts.toarray(), gene_embeddings(counts, access, atac_depth),
                 linear_encoder.pad(z_R, config.DIM), sim.truth[kept], sim.cells, sim.population.o, atac_depth,
-                anchored.Peaks((sim.atac.X @ near).tocsr(), gene), peak), sim
+                chromatin.Peaks((sim.atac.X @ near).tocsr(), gene), peak), sim
 
 
 def level_batches(sim):
@@ -160,7 +163,7 @@ def tensors(data, pairs=None, genes=None):
         import scipy.sparse as sp
         access = access[:, genes]
         emb = gene_embeddings(sp.csr_matrix(data.counts), sp.csr_matrix(access), data.atac_depth)
-        peaks = anchored.Peaks(peaks.counts, np.argsort(genes)[peaks.gene])
+        peaks = chromatin.Peaks(peaks.counts, np.argsort(genes)[peaks.gene])
     counts = data.counts if pairs is None else data.counts[pairs]
     return anchored.as_data(data.x, access, counts, emb, peaks=peaks if config.PEAKS_PER_GENE else None)
 
@@ -226,14 +229,14 @@ def intervals(data, args):
 def still(data, args):
     """Zero field: all states of a path are equal, so that log tau leaves the likelihood as it is."""
     cells = tensors(data)
-    anchor = anchored.fit_anchor(cells["x"], cells["access"], cells["gene_emb"],
+    anchor = chromatin.fit_anchor(cells["x"], cells["access"], cells["gene_emb"],
                                  anchored.generator(data.options.seed, "anchor"))
     counts = cells["counts"]
-    depth, mean = anchored.size_factors(counts)
-    states = anchor.z.expand(len(anchored.TIMES), *anchor.z.shape)
-    like, _, _ = anchored.grid_likelihood(states, anchor.readout, counts, depth, mean, args.kernel)
+    depth, mean = chromatin.size_factors(counts)
+    states = anchor.z.expand(len(delay_fit.TIMES), *anchor.z.shape)
+    like, _, _ = delay_fit.grid_likelihood(states, anchor.readout, counts, depth, mean, args.kernel)
     flat = (like.max(1).values - like.min(1).values).max().item()
-    log_tau = anchored.posterior(like, torch.zeros(len(like)), 1.0)[1]
+    log_tau = delay_fit.posterior(like, torch.zeros(len(like)), 1.0)[1]
     if flat < 0.5:
         log_tau = torch.zeros_like(log_tau)
     return dict(log_tau=log_tau, note=f"likelihood flat in log tau: changes by {flat:.2g} nats at most")
@@ -242,14 +245,14 @@ def still(data, args):
 def untrained(data, args):
     x, counts, emb = (tensors(data)[name] for name in ("x", "counts", "gene_emb"))
     torch.manual_seed(data.options.seed)
-    align, field = AlignMLP(x.shape[1], anchored.LATENT, 128).eval(), EffendiVectorField(anchored.LATENT, 128)
+    align, field = AlignMLP(x.shape[1], chromatin.LATENT, 128).eval(), EffendiVectorField(chromatin.LATENT, 128)
     field.settle()
-    readout = anchored.GeneReadout(emb).requires_grad_(False)
-    depth, mean = anchored.size_factors(counts)
+    readout = chromatin.GeneReadout(emb).requires_grad_(False)
+    depth, mean = chromatin.size_factors(counts)
     with torch.no_grad():
-        states = anchored.path(field.eval(), align((x - x.mean(0)) / x.std(0).max()), anchored.TIMES)
-    like, _, _ = anchored.grid_likelihood(states, readout, counts, depth, mean, args.kernel)
-    return dict(log_tau=anchored.posterior(like, torch.zeros(len(like)), 1.0)[1])
+        states = delay_fit.path(field.eval(), align((x - x.mean(0)) / x.std(0).max()), delay_fit.TIMES)
+    like, _, _ = delay_fit.grid_likelihood(states, readout, counts, depth, mean, args.kernel)
+    return dict(log_tau=delay_fit.posterior(like, torch.zeros(len(like)), 1.0)[1])
 
 
 def specification(data, args):
@@ -335,20 +338,20 @@ def true_time(data, args):
     drive = smooth_course(time_, lineage, cells.trunk.to_numpy(), data.access.astype(float), o.t_max)
     drive = drive / drive.mean((0, 1))
     y = torch.as_tensor(data.counts, dtype=torch.float64)
-    depth, mean = anchored.size_factors(y)
+    depth, mean = chromatin.size_factors(y)
     exposure = depth[:, None] * mean
     like = []
-    for u in anchored.LOG_TAU.tolist():
+    for u in delay_fit.LOG_TAU.tolist():
         f = torch.as_tensor(at_cells(lagged(drive, np.exp(u), o.kernel, o.shape), time_, lineage))
         guess = 0.8 * f + 0.2
         w, wy = exposure / guess, y / guess
-        a, b = anchored.bounded_least_squares((w * f * f).sum(0), (w * f).sum(0), (wy * f).sum(0), w.sum(0), wy.sum(0))
+        a, b = delay_fit.bounded_least_squares((w * f * f).sum(0), (w * f).sum(0), (wy * f).sum(0), w.sum(0), wy.sum(0))
         m = a * f + b
         like.append((y * m.log() - exposure * m).sum(0))
     like, centre = torch.stack(like, 1).float(), torch.tensor(0.0)
     for _ in range(5):                                      # the prior's mean is that of the genes
-        log_tau, sd = anchored.posterior(like, centre.expand(len(like)), 1.0)[1:]
-        centre = anchored.gauge(log_tau, sd, 1.0)
+        log_tau, sd = delay_fit.posterior(like, centre.expand(len(like)), 1.0)[1:]
+        centre = delay_fit.gauge(log_tau, sd, 1.0)
     low, high = anchored.intervals(log_tau, sd)
     return dict(log_tau=log_tau, low=low, high=high)
 
@@ -613,7 +616,7 @@ def read_results(file):
 
 def run(args):
     file = args.out / "results.jsonl"
-    code = hashlib.blake2b((ROOT / "anchored.py").read_bytes(), digest_size=4).hexdigest()
+    code = hashlib.blake2b(b"".join((ROOT / name).read_bytes() for name in FITS), digest_size=4).hexdigest()
     args.out.mkdir(parents=True, exist_ok=True)
     done = {(r["dataset"], r["row"]) for r in read_results(file)
             if "failed" not in r and (not args.redo or r["code"] == code)}
@@ -702,7 +705,7 @@ def print_table(results):
     for _, r in notes.iterrows():
         print(f"{ROW_NAMES[r.row]}: {r.failed if isinstance(r.failed, str) else r.note} ({r.dataset})")
     versions = ", ".join(f"{code} ({n} lines)" for code, n in table.code.value_counts().items())
-    print(f"versions of anchored.py: {versions}")
+    print(f"versions of the files that fit: {versions}")
 
 
 def draw(results, file):
@@ -779,7 +782,7 @@ def main():
     parser.add_argument("--multivelo", action="store_true", help="install and run MultiVelo for its row")
     parser.add_argument("--limit", type=int, default=1800, help="seconds that MultiVelo may take")
     parser.add_argument("--processes", type=int, default=1, help="for members of a fit; estimates stay the same")
-    parser.add_argument("--redo", action="store_true", help="do rows again that another anchored.py has done")
+    parser.add_argument("--redo", action="store_true", help="do rows again that another version has done")
     parser.add_argument("--table", action="store_true", help="only print the table and draw the picture")
     parser.add_argument("--out", type=Path, default=ROOT / "effendi_output" / "known_truth")
     args = parser.parse_args()

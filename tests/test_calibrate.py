@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import anchored
 import artifacts
 import calibrate
+import chromatin
 import inference
 from effendi import AnchoredEffendi
 
@@ -25,11 +25,11 @@ class Still(nn.Module):
 
 def clock(speed, level=0.0, n_genes=6, members=1):
     """An AnchoredEffendi whose flow moves every state by -speed along the first latent axis, level as its gauge."""
-    model = AnchoredEffendi(anchored.LATENT, DIM, n_genes, "exp", members, n_landmarks=0).eval()
+    model = AnchoredEffendi(chromatin.LATENT, DIM, n_genes, "exp", members, n_landmarks=0).eval()
     for member in model.members:
         member.align = Still()
         member.readout.hidden = lambda z: z
-        direction = torch.zeros(anchored.LATENT)
+        direction = torch.zeros(chromatin.LATENT)
         direction[0] = -speed
         member.field.net = Constant(direction)
         member.log_tau = torch.full((n_genes,), level)
@@ -49,7 +49,7 @@ def course(hours_per_unit=2.0, times=(0, 1, 3, 6), cells=400, spread=0.3, seed=0
     """Cells whose first latent axis is process time hours / hours_per_unit + noise: (z (N, 8), hours (N,))."""
     rng = np.random.default_rng(seed)
     hours = np.repeat(np.array(times, float), cells)
-    z = 0.1 * rng.standard_normal((len(hours), anchored.LATENT))
+    z = 0.1 * rng.standard_normal((len(hours), chromatin.LATENT))
     z[:, 0] = hours / hours_per_unit + spread * rng.standard_normal(len(hours))
     return z.astype(np.float32), hours
 

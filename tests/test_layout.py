@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"config"},
     {"artifacts", "align_mlp", "slice_w2", "vector_field", "simulate", "workers"},
-    {"effendi_loader", "anchored"},
-    {"effendi", "linear_encoder", "scgpt_encoder", "hyenadna_encoder"},
-    {"embed_cells"},
+    {"effendi_loader", "chromatin"},
+    {"delay_fit", "linear_encoder", "scgpt_encoder", "hyenadna_encoder"},
+    {"anchored", "effendi", "embed_cells"},
     {"precompute_embeddings", "inference"},
     {"train_vf", "train_delay", "intervention"},
     {"validate", "report", "calibrate"},
@@ -20,7 +20,7 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
-MATH = {"align_mlp", "slice_w2", "vector_field", "anchored", "effendi"}
+MATH = {"align_mlp", "slice_w2", "vector_field", "chromatin", "delay_fit", "anchored", "effendi"}
 
 
 def imports(module):

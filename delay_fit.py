@@ -1,0 +1,758 @@
+"""Stage 2.1 of the identifiable model: flow and delays by expectation-maximisation, Stage 1's readout D frozen.
+
+    dz/dt = v(z), z_0 = z, Lip(v) <= 1
+    yhat      A_g sum_s W_s(tau_g) D'(z_s, g) + B_g         D' is D, or with the peaks of every gene given: those of
+                                                            them that its expression follows (_EM.weigh)
+    counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])     v and tau learned; as Poisson with exposures s_c / S_c
+                                                            from the last E-step, S_c = sum_g mu_g yhat / sum_g mu_g
+
+Expression of gene g is what the frozen readout of its own accessibility gives once the state has moved for
+tau_g. Given v, each gene's likelihood is laid out on a grid of log tau (E-step); given tau, v follows the gradient
+(M-step). The last E-step also integrates out what ATAC leaves open about the accessibility (grid_evidence). Only ratios
+of delays are determined: the gauge is mean log tau = 0 over the genes that carry signal. RNA lags chromatin, so v runs
+backward in developmental time.
+
+Shapes  N cells, G genes, C peaks of genes, J landmark states, T + 1 saved times, U grid values; access and counts
+        (N, G), z (N, 8), D (N, G), log_tau (G,)
+Units   ODE time in the gauge above, never hours
+Ref     Dempster et al. 1977, Maximum likelihood from incomplete data via the EM algorithm
+"""
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from chromatin import (
+    BANDWIDTH,
+    LATENT,
+    GeneReadout,
+    PeakShares,
+    Seen,
+    descend,
+    poisson_nll,
+    read_as,
+    size_factors,
+    split_cells,
+    state_likelihood,
+    with_own,
+)
+from vector_field import EffendiVectorField
+
+TIMES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)                          # where the Euler path is kept
+KERNELS = ("exp", "shift", "gamma")
+# What kernel=None chooses from. gamma lies between the two and took the place of a planted exp on held-out cells by
+# 2 % of the gain, which bent the delays (slope of estimated on planted log tau 0.64 instead of 0.86).
+CANDIDATES = ("exp", "shift")
+TRIAL = (6, 2, 2, 5e-3)                                     # of another kernel: epochs, warm, every, learning rate
+LOG_TAU = torch.linspace(math.log(0.06), math.log(8.0), 33)
+SHAPES = {"exp": 1.0, "gamma": 3.0}                         # of the gamma-distributed delay; "shift" has none
+PEAK_SD = 0.7                                               # prior spread of what a peak counts for, 1 = as all others
+RESIDUAL_SD = 0.2                                           # of what D may miss of a gene's accessibility, mean about 1
+RESIDUAL_BANDWIDTH = 2 * BANDWIDTH                          # over which that stays alike, latent units
+RESIDUAL_AXES = 16                                          # leading ones; 24 measured the same
+AMPLITUDE, OFFSET_SD = (0.8, 0.5), 10.0                     # priors of A and B where they are integrated out
+
+
+# --- the delay kernel --------------------------------------------------------------------------------------------
+
+def kernel_weights(tau, times, kernel):
+    """How much each saved state counts when a gene of mean delay tau is read from the path.
+
+        W_s(tau) = int k_tau(t) hat_s(t) dt      hat_s: the s-th hat function of the piecewise-linear path
+        k_tau    "shift": a point mass at tau; "exp", "gamma": the gamma density of mean tau and shape 1, 3
+        F(t) = int_0^t k,  M(t) = int_0^t s k(s) ds give both in closed form, interval by interval
+        Past the last time the path stays at its last state.
+
+    Shapes  tau (...), times (T+1,) -> (..., T+1), summing to 1
+    """
+    t = torch.as_tensor(times, dtype=tau.dtype, device=tau.device)
+    tau = tau[..., None]
+    if kernel == "shift":
+        mass = ((t >= tau) & (t > 0)).to(tau.dtype)                             # F at each saved time
+        first = tau * mass                                                      # M at each saved time
+    else:
+        k = torch.full_like(tau * t, SHAPES[kernel])
+        mass = torch.special.gammainc(k, k * t / tau)
+        first = tau * torch.special.gammainc(k + 1, k * t / tau)
+    inside = mass.diff(dim=-1)                                                  # (..., T) mass of each interval
+    upper = (first.diff(dim=-1) - t[:-1] * inside) / (t[1:] - t[:-1])           # its share for the later state
+    weights = torch.cat([inside - upper, 1 - mass[..., -1:]], -1)
+    weights[..., 1:] += upper
+    return weights
+
+
+# --- likelihood and evidence of delays ---------------------------------------------------------------------------
+
+def bounded_least_squares(ff, f1, fr, n, r, low=0.05):
+    """A >= low, B >= 0 that minimise sum w (A F + B - y)^2, from its sums, elementwise.
+
+        ff = sum w F^2, f1 = sum w F, fr = sum w F y, n = sum w, r = sum w y
+    The problem is convex: a violated bound holds with equality at the solution.
+    """
+    det = (ff * n - f1.square()).clamp_min(1e-9 * ff * n)
+    a, b = (fr * n - f1 * r) / det, (ff * r - f1 * fr) / det
+    a = torch.where(b < 0, fr / ff.clamp_min(1e-12), a)
+    b = b.clamp_min(0)
+    b = torch.where(a < low, ((r - low * f1) / n).clamp_min(0), b)
+    return a.clamp_min(low), b
+
+
+@torch.no_grad()
+def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, block=16, times=TIMES,
+                    chromatin=None):
+    """Log-likelihood of every gene on a grid of log tau, A and B fitted at each point.
+
+        yhat = A sum_s W_s(tau) D(z_s, g) + B      A, B by least squares weighted with 1 / variance
+        L_g(u) = sum_c y log yhat - mu s yhat
+    now: (A W^T (T+1, G), B), for the variance. chromatin (G,): whose readout each gene is given (None = its own).
+
+    Shapes  states (T+1, N, 8), counts (N, G), offset (N,), mean (G,) -> L, A, B (G, U)
+    """
+    weights = kernel_weights(LOG_TAU.exp(), times, kernel).to(states)           # (U, T+1)
+    hidden = readout.hidden(states)
+    like, a, b = [], [], []
+    for start in range(0, counts.shape[1], block):
+        genes = slice(start, min(start + block, counts.shape[1]))
+        level, shape = readout.parts(hidden, genes if chromatin is None else chromatin[genes])
+        d = level * shape                                                       # (T+1, N, g)
+        y = counts[:, genes]
+        exposure = offset[:, None] * mean[genes]                                # (N, g)
+        if now is None:
+            guess = 0.8 * d.mean(0) + 0.2
+        else:
+            guess = torch.einsum("tg,tng->ng", now[0][:, genes], d) + now[1][genes]
+        w = exposure / guess                                                    # 1 / variance of y / exposure
+        wy = y / guess
+        dg = d.permute(2, 0, 1).contiguous()                                    # (g, T+1, N)
+        wd = dg * w.T[:, None]
+        gram = wd @ dg.transpose(1, 2)                                          # (g, T+1, T+1)
+        ff = torch.einsum("us,gst,ut->gu", weights, gram, weights)
+        f1 = wd.sum(2) @ weights.T
+        fr = torch.einsum("gsn,gn->gs", dg, wy.T.contiguous()) @ weights.T
+        aa, bb = bounded_least_squares(ff, f1, fr, w.sum(0)[:, None], wy.sum(0)[:, None])
+        f = (weights @ d.flatten(1)).view(-1, *d.shape[1:])                     # (U, N, g)
+        f = f.mul_(aa.T[:, None]).add_(bb.T[:, None])
+        reach = torch.einsum("gsn,gn->gs", dg, exposure.T.contiguous()) @ weights.T
+        total = aa * reach + bb * exposure.sum(0)[:, None]                      # sum_c m
+        like.append(f.log_().mul_(y).sum(1).T - total)
+        a.append(aa)
+        b.append(bb)
+    return torch.cat(like), torch.cat(a), torch.cat(b)
+
+
+class Residual:
+    """What ATAC leaves open about the accessibility of genes: D(z, g) + r(z, g), r smooth over the states.
+
+        r(z, g) = sum_j w_j(z) (Phi c_g)_j            w as in GeneReadout.hidden
+        Phi Phi^T ~ RESIDUAL_SD^2 exp(-|z_j - z_k|^2 / 2 RESIDUAL_BANDWIDTH^2), its leading axes;  c ~ N(0, 1) a priori
+        seen[j, g] / (mu_g s_j / T_j) ~ N(D + Phi c, variance of the counts)
+    D has been fitted to these counts, as well as its shape allows: how far it may be off, and where the counts say that
+    it is, decides what expression may ask of it. Exact in c: a normal distribution, kept as precision and pull. ATAC is
+    compared with Phi c, expression with r, its average around a state, 4-8 % smaller.
+    Ref     Rasmussen & Williams 2006, Gaussian processes for machine learning, chapters 2 and 8
+    """
+
+    def __init__(self, readout, seen):
+        nodes = readout.landmarks
+        alike = torch.exp(-torch.cdist(nodes, nodes).square() / (2 * RESIDUAL_BANDWIDTH**2))
+        value, axis = torch.linalg.eigh(alike.double())
+        self.basis = RESIDUAL_SD * (axis * value.clamp_min(0).sqrt())[:, -RESIDUAL_AXES:]          # (J, R)
+        D = readout(nodes).clamp_min(0.02).double()
+        mean = (seen.counts.sum(0) / seen.exposure.sum()).clamp_min(1e-6)
+        weight = (seen.exposure / readout.log_size.exp())[:, None].double() * mean / D             # 1 / variance
+        n_axes = self.basis.shape[1]
+        self.precision = (weight.T @ products(self.basis)).view(-1, n_axes, n_axes) + torch.eye(n_axes)     # (G, R, R)
+        self.pull = (seen.counts / D - weight * D).T @ self.basis                                  # (G, R)
+
+
+def products(x):
+    """Of all pairs of columns (J, R) -> (J, R R)."""
+    return (x[:, :, None] * x[:, None]).flatten(1)
+
+
+@torch.no_grad()
+def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, times=TIMES):
+    """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U), less its largest.
+
+        y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
+        A > 0 ~ N(0.8, 0.5^2), on a grid, B ~ N(0, 10^2), r what ATAC leaves open (Residual)
+        E(tau) = log sum_A p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_k (1 + A^2 lambda_k)^(1/2)
+    lambda are the eigenvalues of what RNA knows of r against what ATAC knows of it, so that no A needs a factorisation.
+    A course that ATAC does not show well may be another one: a delay that only its noise asks for is not believed, and
+    expression helps to find the course. r is what D misses, and enters D' as it is where peaks are weighed.
+
+    Shapes  states (T+1, J, 8) of the landmarks at `times`, readout D', counts (J, G), exposure (J,), mean (G,),
+            now (J, G) yhat, for the variance, residual: Residual
+    """
+    A = torch.arange(0.025, 2.5, 0.05, dtype=torch.double)
+    log_prior = -((A - AMPLITUDE[0]) / AMPLITUDE[1]).square() / 2
+    W = kernel_weights(LOG_TAU.exp(), times, kernel).double()
+    D, basis = readout(states).double(), readout.near(states).double() @ residual.basis             # (T+1, J, G or R)
+    now = now.clamp_min(0.05).double()
+    w, wy = mean * exposure[:, None] / now, counts / now                        # 1 / variance of y, and that times y
+    n, y = w.sum(0) + OFFSET_SD**-2, wy.sum(0)                                  # B is integrated out by these
+    factor, evidence = torch.linalg.cholesky(residual.precision), []
+
+    def whiten(x):
+        return torch.linalg.solve_triangular(factor, x, upper=False)
+    pull = whiten(residual.pull[..., None])
+    for weights in W:
+        f, r = (torch.einsum("s,sjk->jk", weights, part) for part in (D, basis))
+        wf, wr = w * f, w.T @ r
+        f_mean = wf.sum(0) / n
+        known = (w.T @ products(r)).view(residual.precision.shape) - wr[:, :, None] * wr[:, None] / n[:, None, None]
+        value, axis = torch.linalg.eigh(whiten(whiten(known).mT))
+        a0, a1, a2 = (axis.mT @ part for part in (             # q = a0 + A a1 - A^2 a2 on these axes
+            pull, whiten((wy.T @ r - wr * (y / n)[:, None])[..., None]),
+            whiten((wf.T @ r - wr * f_mean[:, None])[..., None])))
+        scale = 1 + A.square() * value.clamp_min(0)[..., None]                  # (G, R, A)
+        q = (a0 + A * a1 - A.square() * a2).square() / scale - scale.log()
+        m, s = (wy * f).sum(0) - f_mean * y, (wf * f).sum(0) - f_mean * wf.sum(0)
+        log_like = A * m[:, None] - A.square() * s[:, None] / 2 + q.sum(1) / 2
+        evidence.append(torch.logsumexp(log_like + log_prior, 1))
+    evidence = torch.stack(evidence, 1)
+    return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
+
+
+def weigh_peaks(part, W, w, wy):
+    """Log evidence (g, U), mean and variance (g, U, k) of A + d_p of genes at every tau of a grid: _EM.weigh's model.
+
+    Shapes  part (T+1, J, g, k) peaks along the paths, W (U, T+1), w and wy (J, g) precision of y and that times y
+    """
+    S, J, n, k = part.shape
+    # float32 would lose nats in genes with millions of counts.
+    part, W, w, wy = (v.double() for v in (part, W, w, wy))
+    flat = part.permute(2, 1, 0, 3).reshape(n, J, S * k)
+    weighted = flat * w.T[..., None]
+    gram = (weighted.mT @ flat).view(n, S, k, S, k).transpose(2, 3)             # (g, S, S, k, k)
+    pairs = (W[:, :, None] * W[:, None]).flatten(1)                             # (U, S S)
+    gram = (pairs @ gram.reshape(n, S * S, k * k)).view(n, -1, k, k)
+    # Variables: B, A, d_1 ... d_k; F of A is the sum of all.
+    mix = torch.cat([torch.ones(k, 1), torch.eye(k)], 1).to(W)                  # (k, 1 + k)
+    Q, v = W.new_zeros(n, len(W), k + 2, k + 2), W.new_zeros(n, len(W), k + 2)
+    Q[..., 0, 0], Q[..., 1:, 1:] = w.sum(0)[:, None], mix.T @ gram @ mix
+    Q[..., 0, 1:] = Q[..., 1:, 0] = W @ weighted.sum(1).view(n, S, k) @ mix
+    v[..., 0], v[..., 1:] = wy.sum(0)[:, None], W @ (flat.mT @ wy.T[..., None]).view(n, S, k) @ mix
+    precision = W.new_full((k + 2,), PEAK_SD**-2)
+    precision[0], precision[1] = OFFSET_SD**-2, AMPLITUDE[1]**-2
+    v[..., 1] += AMPLITUDE[0] * precision[1]
+    factor = torch.linalg.cholesky(Q + torch.diag(precision))
+    covariance = torch.cholesky_inverse(factor)
+    centre = (covariance @ v[..., None])[..., 0]
+    evidence = (0.5 * (v * centre).sum(-1) - torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
+                + 0.5 * precision.log().sum())
+    spread = (mix @ covariance[..., 1:, 1:] @ mix.T).diagonal(dim1=-2, dim2=-1)
+    return evidence, (centre[..., 1:] @ mix.T).float(), spread.float()
+
+
+def posterior(log_like, prior_mean, prior_sd):
+    """Posterior weights on the grid (G, U), posterior mean and sd (G,)."""
+    log_post = log_like - ((LOG_TAU - prior_mean[:, None]) / prior_sd).square() / 2
+    weights = torch.softmax(log_post.double(), 1).float()
+    mean = weights @ LOG_TAU
+    return weights, mean, (weights @ LOG_TAU.square() - mean.square()).clamp_min(1e-6).sqrt()
+
+
+def gauge(mean, sd, prior_sd):
+    """Mean log tau over genes, each weighted with the share of the prior variance that its data removed."""
+    weight = (1 - (sd / prior_sd).square()).clamp_min(1e-3)
+    return (weight * mean).sum() / weight.sum()
+
+
+# --- what embeddings say about delays ----------------------------------------------------------------------------
+
+def head_means(gene_emb, log_tau, sd, prior_sd, ridge=10.0):
+    """What the embeddings of all other genes say about a gene's log tau: ridge regression, leave-one-out.
+
+        mean_-g = (fit_g - h_g y_g) / (1 - h_g)     h the diagonal of the hat matrix
+    Shrunk by its own leave-one-out slope, so that embeddings that predict nothing give the gauge's zero.
+    """
+    e = torch.cat([gene_emb, torch.ones(len(gene_emb), 1)], 1).double()
+    w = (1 - (sd / prior_sd).square()).clamp_min(1e-3).double()
+    we = e * w[:, None]
+    solve = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1], dtype=e.dtype), we.T)       # (K, G)
+    h = (e * solve.T).sum(1).clamp_max(0.99)
+    y = log_tau.double()
+    left_out = (e @ (solve @ y) - h * y) / (1 - h)
+    slope = (w * left_out * y).sum() / (w * left_out.square()).sum().clamp_min(1e-12)
+    return (left_out * slope.clamp(0, 1)).float()
+
+
+def head_predict(gene_emb, log_tau, sd, new_emb, prior_sd=1.0, ridge=10.0):
+    """log tau (H,) of genes that were not fitted, from their embeddings (H, D): the same ridge, shrunk alike.
+
+    gene_emb (G, D), log_tau and sd (G,) of the fitted genes. Embeddings are read on the fitted genes' axes.
+    """
+    known = GeneReadout(gene_emb)
+    left_out = head_means(known.e, log_tau, sd, prior_sd, ridge)
+    e, new = (torch.cat([x, torch.ones(len(x), 1)], 1).double()
+              for x in (known.e, (new_emb - known.centre) @ known.axes))
+    w = (1 - (sd / prior_sd).square()).clamp_min(1e-3).double()
+    we = e * w[:, None]
+    fit = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1], dtype=e.dtype), we.T @ log_tau.double())
+    raw = e @ fit
+    shrink = ((left_out.double() * raw).sum() / raw.square().sum().clamp_min(1e-12)).clamp(0, 1)
+    return (shrink * (new @ fit)).float()
+
+
+# --- paths and predictions ---------------------------------------------------------------------------------------
+
+def path(field, z, times=TIMES):
+    """Euler states (T+1, B, 8) at the saved times, the spectral norms computed once."""
+    return moving_path(field, z, times)[0]
+
+
+def moving_path(field, z, times):
+    """Euler states (T+1, B, 8) and the mean squared speed per dimension along them."""
+    states, speed_sq = [z], 0.0
+    with parametrize.cached():
+        for t0, t1 in zip(times[:-1], times[1:]):
+            v = field(states[-1])
+            speed_sq = speed_sq + v.square().mean() / (len(times) - 1)
+            states.append(states[-1] + (t1 - t0) * v)
+    return torch.stack(states), speed_sq
+
+
+class Still(nn.Module):
+    """v = 0."""
+
+    def forward(self, z):
+        return torch.zeros_like(z)
+
+
+def predict(states, readout, weights, A, B):
+    """yhat (N, G) = A sum_s W_s D(z_s) + B, for states (T+1, N, 8) and weights (G, T+1). Gradient: of states only."""
+    level, slope, bias = (part.detach() for part in readout.linear())
+    return _ReadPath.apply(readout.hidden(states), (weights.T * (A * level)).detach(), slope, bias, B.detach())
+
+
+class _ReadPath(torch.autograd.Function):
+    """B + sum_s C_s T_s sigmoid(h_s slope^T + bias), state by state: a block of cells x genes stays in the cache.
+
+    Shapes  hidden (T+1, N, K+1) = (h, log T), C (T+1, G), slope (G, K), bias and B (G,) -> (N, G)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, C, slope, bias, B):
+        size = hidden[..., -1:].exp()
+        total, opened = B.repeat(hidden.shape[1], 1), []
+        for h, t, c in zip(hidden, size, C):
+            o = torch.addmm(bias, h[:, :-1], slope.T).sigmoid_()
+            total.addcmul_(o * c, t)
+            if ctx.needs_input_grad[0]:
+                opened.append(o)
+        ctx.save_for_backward(size, C, slope, *opened)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        size, C, slope, *opened = ctx.saved_tensors
+        out = grad.new_empty(*size.shape[:2], slope.shape[1] + 1)
+        for s, (o, t, c) in enumerate(zip(opened, size, C)):
+            down = (grad * c).mul_(o).mul_(t)
+            out[s, :, -1] = down.sum(1)                     # of log T
+            out[s, :, :-1] = down.addcmul_(down, o, value=-1) @ slope
+        return out, None, None, None, None
+
+
+def cell_size(yhat, mean):
+    """S: what a cell expresses in all, relative to the mean gene, (N, 1): its counts are n_c shares of this."""
+    return (yhat @ mean / mean.sum())[:, None]
+
+
+@torch.no_grad()
+def exposures(states, readout, weights, A, B, depth, mean, block=4096):
+    """s_c / S_c (N,), the exposure of a cell's genes under a fit; in blocks of cells, since only (N,) is kept."""
+    size = [cell_size(predict(states[:, rows], readout, weights, A, B), mean)
+            for rows in torch.arange(len(depth)).split(block)]
+    return depth / torch.cat(size)[:, 0]
+
+
+def cell_likelihood(yhat, counts, depth, mean):
+    """(N,) sum over genes of y log m - m, m = mu s yhat / S: the multinomial likelihood of the cell's counts."""
+    m = depth[:, None] * mean * yhat / cell_size(yhat, mean)
+    return (counts * m.log() - m).sum(1)
+
+
+@torch.no_grad()
+def still_cells(z, readout, counts, depth, offset, mean, train, out):
+    """v = 0: yhat = A D(z_0) + B. Log-likelihood of held-out cells (N_out,), with exposures of its own.
+
+    offset (N,): exposures to begin with.
+    """
+    own = torch.ones(len(mean), 1)
+    for _ in range(2):
+        _, a, b = grid_likelihood(z[None, train], readout, counts[train], offset[train], mean, "exp", times=(0.0,))
+        a, b = a[:, 0], b[:, 0]
+        offset = exposures(z[None], readout, own, a, b, depth, mean)
+    return cell_likelihood(predict(z[None, out], readout, own, a, b), counts[out], depth[out], mean)
+
+
+def still_genes(z, readout, counts, offset, mean, genes=None):
+    """v = 0: log-likelihood of every gene over the cells (G,).
+
+    genes (G,): whose readout each is given (None = its own).
+    offset (N,): depth over cell_size, the same for all that is compared.
+    """
+    return grid_likelihood(z[None], readout, counts, offset, mean, "exp", times=(0.0,), chromatin=genes)[0][:, 0]
+
+
+# --- expectation-maximisation ------------------------------------------------------------------------------------
+
+@dataclass
+class DelayFit:
+    """What Stage 2 found."""
+    field: EffendiVectorField
+    kernel: str
+    log_tau: torch.Tensor           # (G,) posterior mean in the gauge
+    sd: torch.Tensor                # (G,) posterior standard deviation, flow and states given
+    A: torch.Tensor                 # (G,)
+    B: torch.Tensor                 # (G,)
+    held_out: torch.Tensor          # (N_out,) log-likelihood of each held-out cell
+    still: torch.Tensor             # (N_out,) the same for v = 0
+    own: torch.Tensor               # (G,) log-likelihood of a gene's own chromatin beyond another gene's, v = 0
+    gene_gain: torch.Tensor         # (G,) log-likelihood over all cells beyond v = 0
+    gauge: float                    # own log tau of the field - log_tau: what the gauge took away
+    epoch: int
+    history: list                   # (epoch, held-out nats a cell beyond v = 0)
+    own_parameters: dict            # delta, p, q of the readout that expression follows
+    peak_weight: torch.Tensor       # (C,) what every peak counts for; sum of |weight| share over a gene = 1
+    peak_sd: torch.Tensor           # (C,) its posterior standard deviation, 0 where a gene's peaks were not weighed
+
+    def followed(self, readout):
+        """The readout D' that expression follows, from the anchor's D."""
+        return with_own(readout, **self.own_parameters)
+
+    def state(self):
+        """Plain values and tensors, for a file."""
+        return {**vars(self), "field": self.field.state_dict()}
+
+    def __reduce__(self):
+        return DelayFit.from_state, (self.state(),)         # a field with its spectral norm cannot be pickled
+
+    @classmethod
+    def from_state(cls, state):
+        field = EffendiVectorField(LATENT, state["field"]["net.0.bias"].shape[0])
+        field.load_state_dict(state["field"])
+        return cls(**{**state, "field": field.eval().requires_grad_(False)})
+
+
+@torch.no_grad()
+def moved(anchor, delay, counts, times=TIMES):
+    """Path (T+1, N, 8) and exposures (N,) of an anchor's cells under a fit, the genes' mean counts (G,), and D'."""
+    depth, mean = size_factors(counts)
+    states, readout = path(delay.field, anchor.z, times), delay.followed(anchor.readout)
+    weights = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
+    return states, exposures(states, readout, weights, delay.A, delay.B, depth, mean), mean, readout
+
+
+def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2,
+              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, rna_only=None, field=None):
+    """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
+
+    First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
+    shapes chosen by noise cost accuracy. Another kernel is first tried from where the first one ended, which is told
+    from the better one as well as a fit of its own is, in a third of the time. It has trained longer than what it is
+    compared with; so one that wins only earns a fit of its own, which has to win too.
+    Shapes  anchor: on the N cells; access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which
+            join the E-steps; field: a function that is given the _EM and returns the field to start from
+    """
+    least = warm if anchor.peaks is None else warm + every
+    if epochs < least:
+        raise ValueError(f"EM_EPOCHS={epochs}: at least {least} epochs come before the E-steps that are needed.\n"
+                         "  Leave it at its default.")
+    seed = int(torch.randint(2**31, (1,), generator=rng))                       # weights of the field
+    em = _EM.of(anchor, access, counts, rng, held_out, times, prior_sd, batch, kinetic, rna_only)
+    start = rng.get_state()
+
+    def fitted(name):
+        rng.set_state(start)                                # every kernel sees the same cells and weights
+        torch.manual_seed(seed)
+        flow = em.begin(name)
+        return em.run(flow if field is None else replace(flow, field=field(em)), rng, epochs, warm, every, lr)
+    best = first = fitted(kernel or CANDIDATES[0])
+    for name in CANDIDATES[1:] if kernel is None else ():
+        other = em.run(em.begin(name, first), rng, *TRIAL)
+        if z_score(other.held_out - first.held_out) > 2:
+            best = max(best, fitted(name), key=lambda flow: flow.held_out.mean())
+    return em.describe(best, rng)
+
+
+def z_score(gain):
+    """Mean over standard error."""
+    return float(gain.mean() / gain.std().clamp_min(1e-12)) * math.sqrt(len(gain))
+
+
+@dataclass
+class _Flow:
+    """Where expectation-maximisation is: the field, and what every gene reads from its path."""
+    field: EffendiVectorField
+    kernel: str
+    log_tau: torch.Tensor           # (G,) of the field
+    A: torch.Tensor
+    B: torch.Tensor
+    prior: torch.Tensor             # (G,) mean of log tau
+    readout: GeneReadout            # D'
+    peak_weight: torch.Tensor       # (C,)
+    peak_sd: torch.Tensor           # (C,)
+    held_out: torch.Tensor | None = None    # (N_out,) log-likelihood of each held-out cell
+    epoch: int = 0
+    history: tuple = ()             # (epoch, held-out nats a cell)
+
+
+@dataclass
+class _EM:
+    """Expectation-maximisation on some paired cells.
+
+        M   v follows the gradient; cells start from z_c, which ATAC alone gives
+        E   P[c, j] ~ p(access[c] | z_j) prod_g share_jg^counts[c, g]               z_j the readout's landmarks
+            share_jg = mu_g yhat(z_j, g) / sum of it;  then L_g(log tau) from the sums of P counts and P depth per state
+            The last one, on all cells, believes D' only as far as ATAC's counts support it (grid_evidence).
+    The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
+    has a flat first factor. Nothing of this is needed or used to predict. A factor that is broader than what ATAC says,
+    such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too.
+    """
+    z: torch.Tensor
+    readout: GeneReadout
+    counts: torch.Tensor
+    depth: torch.Tensor
+    mean: torch.Tensor
+    train: torch.Tensor
+    out: torch.Tensor
+    times: tuple
+    prior_sd: float
+    batch: int
+    kinetic: float
+    rna_only: torch.Tensor
+    given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j)
+    peaks: PeakShares | None
+    seen: Seen
+
+    @classmethod
+    def of(cls, anchor, access, counts, rng, held_out=0.1, times=TIMES, prior_sd=1.0, batch=256, kinetic=0.012,
+           rna_only=None):
+        access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (access, counts))
+        rna_only = torch.as_tensor(counts[:0] if rna_only is None else rna_only, dtype=torch.float32)
+        train, out = split_cells(len(counts), held_out, rng)
+        with torch.no_grad():
+            given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, *size_factors(access))
+        return cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
+                   rna_only, given_atac, anchor.peaks, anchor.seen)
+
+    def begin(self, kernel, after=None):
+        """The start of a fit, or what a fit with another kernel has reached, read with this one."""
+        n_genes, n_peaks = len(self.mean), 0 if self.peaks is None else len(self.peaks.gene)
+        if after is None:
+            return _Flow(EffendiVectorField(LATENT, 128), kernel, torch.zeros(n_genes), torch.full((n_genes,), 0.8),
+                         torch.full((n_genes,), 0.2), torch.zeros(n_genes), self.readout, torch.ones(n_peaks),
+                         torch.full((n_peaks,), PEAK_SD))
+        flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None, kernel=kernel)
+        return self.e_step(flow if self.peaks is None else self.weigh(flow))
+
+    def weights(self, flow):
+        return kernel_weights(flow.log_tau.exp(), self.times, flow.kernel)
+
+    @torch.no_grad()
+    def exposure(self, flow):
+        """(N,) under what has been found so far."""
+        flow.field.eval()
+        return exposures(path(flow.field, self.z, self.times), flow.readout, self.weights(flow), flow.A, flow.B,
+                         self.depth, self.mean)
+
+    @torch.no_grad()
+    def at_landmarks(self, flow, rows):
+        """Paths (T+1, J, 8) of the landmarks; counts (J, G) and exposures (J,) of the cells `rows` expected there."""
+        states = path(flow.field.eval(), self.readout.landmarks, self.times)
+        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
+        share = self.mean * yhat
+        share = (share / share.sum(1, keepdim=True)).clamp_min(1e-30).log()
+        counts, exposure = 0.0, 0.0
+        paired = ((self.counts[part], self.given_atac[part]) for part in rows.split(4096))
+        alone = ((part, 0.0) for part in (self.rna_only.split(4096) if len(self.rna_only) else ()))
+        for y, given_atac in (*paired, *alone):
+            P = torch.softmax(given_atac + y @ share.T, 1)
+            counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
+        return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
+
+    def e_step(self, flow, damping=1.0, kernel=None):
+        """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
+        like, a, b = self.likelihood(flow, *self.at_landmarks(flow, self.train), kernel)
+        share, centre, sd = posterior(like, flow.prior, self.prior_sd)
+        centre = centre - gauge(centre, sd, self.prior_sd)
+        return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
+                       A=flow.A + damping * ((share * a).sum(1) - flow.A),
+                       B=flow.B + damping * ((share * b).sum(1) - flow.B),
+                       prior=head_means(self.readout.e, centre, sd, self.prior_sd))
+
+    def likelihood(self, flow, states, counts, exposure, kernel=None):
+        """grid_likelihood of what at_landmarks gives: L, A, B (G, U)."""
+        return grid_likelihood(states, flow.readout, counts, exposure, self.mean, kernel or flow.kernel,
+                               (flow.A * self.weights(flow).T, flow.B), times=self.times)
+
+    @torch.no_grad()
+    def weigh(self, flow):
+        """The flow with D', a readout of those peaks of every gene that its expression follows.
+
+            y = B + sum_p (A + d_p) F_p,   F_p = sum_s W_s(tau) D(z_s, g) share_p(z_s)       at the landmarks
+            A and B as in grid_evidence, d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
+            b_p = E[A + d_p] over the posterior of tau, whose evidence has A, B, d integrated out
+            D'(z) ~ sum_p b_p D(z, g) share_p(z) + c_g, c_g such that it is nowhere below 2 % of its mean size
+        Peaks of which expression follows only some, or which repress it, would otherwise bend the delay. Where
+        all act alike, d is small. A gene of one peak, or one that only follows its chromatin upside down, keeps D:
+        a turned course and a delay of half a period look alike.
+        """
+        explain, peaks = self.explainer(flow, self.train), self.peaks.of_genes(len(self.mean))
+        courses, weights, variances, weighed = [], [], [], []
+        for genes in torch.arange(len(self.mean)).split(32):
+            evidence, centre, spread, part = explain(genes, genes)
+            prior = ((LOG_TAU - flow.prior[genes, None]) / self.prior_sd).square() / 2
+            tau = torch.softmax(evidence - prior, 1).float()[:, None]           # (g, 1, U)
+            b = tau @ centre                                                    # (g, 1, k)
+            upright = (part * b[:, 0]).sum((0, 2)) > 0
+            several = (peaks[genes] >= 0).sum(1) > 1
+            weighed.append(upright & several)
+            course = (part * torch.where(weighed[-1][:, None], b[:, 0], 1.0)).sum(2)
+            course = course + (0.02 * course.abs().mean(0) - course.amin(0)).clamp_min(0)
+            courses.append(course / course.mean(0))
+            weights.append(b[:, 0])
+            variances.append((tau @ (spread + (centre - b).square()))[:, 0])
+        b, weighed = torch.cat(weights), torch.cat(weighed)[:, None]
+        scale = (b.abs() * nn.functional.pad(self.peaks.share.mean(0), (0, 1))[peaks]).sum(1, keepdim=True)
+        real, weight, sd = peaks >= 0, torch.empty_like(flow.peak_weight), torch.empty_like(flow.peak_sd)
+        weight[peaks[real]] = torch.where(weighed, b / scale, 1.0)[real]
+        sd[peaks[real]] = torch.where(weighed, torch.cat(variances).sqrt() / scale, 0.0)[real]
+        return replace(flow, readout=read_as(self.readout, torch.cat(courses, 1)), peak_weight=weight, peak_sd=sd)
+
+    def explainer(self, flow, rows, grid=LOG_TAU):
+        """A function that explains genes by peaks of others: what weigh_peaks says, and these at t = 0 (J, g, k)."""
+        states, counts, exposure = self.at_landmarks(flow, rows)
+        now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B).clamp_min(0.05)     # (J, G)
+        W = kernel_weights(grid.exp(), self.times, flow.kernel)
+        D, near = self.readout(states), self.readout.near(states)               # (T+1, J, G), (T+1, J, J)
+        peaks = self.peaks or PeakShares(torch.arange(len(self.mean)), torch.ones(D.shape[1:]))
+        of_genes, shares = peaks.of_genes(len(self.mean)), nn.functional.pad(peaks.share, (0, 1))
+
+        def explain(genes, whose):
+            share = shares[:, of_genes[whose]]                                  # (J, g, k); of the padding 0
+            part = D[:, :, whose, None] * (near @ share.flatten(1)).unflatten(-1, share.shape[1:])
+            w = self.mean[genes] * exposure[:, None] / now[:, genes]
+            return *weigh_peaks(part, W, w, counts[:, genes] / now[:, genes]), part[0]
+        return explain
+
+    @torch.no_grad()
+    def likelihood_out(self, flow):
+        states = path(flow.field.eval(), self.z[self.out], self.times)
+        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
+        return cell_likelihood(yhat, self.counts[self.out], self.depth[self.out], self.mean)
+
+    def run(self, flow, rng, epochs, warm, every, lr):
+        """The flow of the epoch that held-out cells like best, from `warm` on; an E-step every `every` epochs."""
+        field, train = flow.field, self.train
+        opt = torch.optim.Adam(field.parameters(), lr=lr, fused=True)
+        n_steps = epochs * math.ceil(len(train) / self.batch)
+        # A warm-up of a tenth needs ten steps to have length; a few hundred cells make fewer.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n_steps + 1, 20), pct_start=0.1)
+        offset = self.exposure(flow) if flow.epoch else self.depth
+        best, history = None, []
+        for epoch in range(1, epochs + 1):
+            field.train()
+            weights = self.weights(flow)
+            for rows in train[torch.randperm(len(train), generator=rng)].split(self.batch):
+                states, speed_sq = moving_path(field, self.z[rows], self.times)
+                yhat = predict(states, flow.readout, weights, flow.A, flow.B)
+                loss = poisson_nll(offset[rows, None] * self.mean * yhat, self.counts[rows]) + self.kinetic * speed_sq
+                descend(loss, opt, schedule)
+            if epoch < warm:
+                continue
+            if (epoch - warm) % every == 0:
+                offset = self.exposure(flow)
+                if self.peaks is not None and flow.readout is self.readout and epoch > warm:
+                    flow = self.e_step(self.weigh(flow))
+                else:
+                    flow = self.e_step(flow, damping=0.7)
+            like = self.likelihood_out(flow)
+            history.append((epoch, like.mean().item()))
+            if self.peaks is not None and flow.readout is self.readout:
+                continue                                    # peaks not weighed yet
+            if best is None or like.mean() > best.held_out.mean():
+                best = replace(flow, field=copy.deepcopy(field), held_out=like, epoch=epoch)
+        best.field.settle()                                 # the power iteration lags behind a fast learning rate
+        best.field.eval().requires_grad_(False)
+        return replace(best, history=history)
+
+    def describe(self, flow, rng):
+        """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain.
+
+        The delays come from grid_evidence. A and B go with D' as it is, since that is what predicts.
+        v = 0 is given the better of the weights of peaks that the moving fit chose and of its own. A gene's own
+        chromatin is compared with another's before peaks are weighed, since those of the other are not.
+        """
+        offset = self.exposure(flow)
+        weights = self.weights(flow)
+        states, counts, exposure = self.at_landmarks(flow, torch.arange(len(self.z)))
+        _, a, b = self.likelihood(flow, states, counts, exposure)
+        evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel,
+                                 predict(states, flow.readout, weights, flow.A, flow.B),
+                                 Residual(self.readout, self.seen), self.times)
+        share, centre, sd = posterior(evidence, flow.prior, self.prior_sd)
+        moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
+                                 flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
+        readouts = [flow.readout]
+        if self.peaks is not None:
+            readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=self.readout))).readout)
+        still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
+                     for readout in readouts), key=torch.sum)
+        still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)
+                                  for readout in readouts]).amax(0)
+        another = torch.randperm(len(self.mean), generator=rng)
+        own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)
+                        for genes in (None, another))
+        level = gauge(centre, sd, self.prior_sd).item()
+        return DelayFit(flow.field, flow.kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1),
+                        flow.held_out, still, own - foreign,
+                        (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene, level,
+                        flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history],
+                        flow.readout.own(), flow.peak_weight, flow.peak_sd)
+
+
+@torch.no_grad()
+def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0):
+    """Nats by which a gene's own chromatin, moved by the flow, beats the best of some other genes' (G,).
+
+        log sum_u exp(E_g(u) - u^2 / 2)       E the evidence of weigh_peaks, less the largest with another's peaks
+    Whosever they are, peaks are weighed anew to explain the gene. A gene that follows other chromatin than its own
+    leads one time in others + 1, and its delay means nothing.
+    """
+    em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)
+    n = len(em.mean)
+    flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, torch.zeros(n),
+                 delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
+    grid = LOG_TAU[::2]
+    explain = em.explainer(flow, torch.arange(len(counts)), grid)
+
+    def evidence(whose):
+        return torch.cat([torch.logsumexp(explain(genes, whose[genes])[0] - (grid / prior_sd).square() / 2, 1)
+                          for genes in torch.arange(n).split(32)])
+    best = torch.full((n,), -torch.inf, dtype=torch.double)
+    for _ in range(others):
+        another = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=rng)) % n      # never its own
+        best = torch.maximum(best, evidence(another))
+    return (evidence(torch.arange(n)) - best).float()
+
+
+# --- genes that were not fitted ----------------------------------------------------------------------------------
+
+def new_gene_delays(field, kernel, readout, z, counts, depth, prior_mean, prior_sd=1.0):
+    """E-step alone for genes outside training: own log tau, its sd, A and B, (H,) each. v stays as it is.
+
+    By grid_likelihood, which takes the readout at its word: what ATAC leaves open is integrated out in training alone.
+
+    depth (N,): size factors over the cell_size that the trained genes give.
+    """
+    like, a, b = grid_likelihood(path(field, z), readout, counts, depth, counts.mean(0).clamp_min(1e-6), kernel)
+    share, centre, sd = posterior(like, prior_mean, prior_sd)
+    return centre, sd, (share * a).sum(1), (share * b).sum(1)
