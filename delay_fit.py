@@ -20,6 +20,7 @@ Ref     Dempster et al. 1977, Maximum likelihood from incomplete data via the EM
 import copy
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -178,8 +179,8 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U), less its largest.
 
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
-        A > 0 ~ N(0.8, 0.5^2), on a grid, B ~ N(0, 10^2), r what ATAC leaves open (Residual)
-        E(tau) = log sum_A p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_k (1 + A^2 lambda_k)^(1/2)
+        A > 0 ~ N(0.8, 0.5^2), B ~ N(0, 10^2), r what ATAC leaves open (Residual)
+        E(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_k (1 + A^2 lambda_k)^(1/2) dA
     lambda are the eigenvalues of what RNA knows of r against what ATAC knows of it, so that no A needs a factorisation.
     A course that ATAC does not show well may be another one: a delay that only its noise asks for is not believed, and
     expression helps to find the course. r is what D misses, and enters D' as it is where peaks are weighed.
@@ -187,8 +188,6 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     Shapes  states (T+1, J, 8) of the landmarks at `times`, readout D', counts (J, G), exposure (J,), mean (G,),
             now (J, G) yhat, for the variance, residual: Residual
     """
-    A = torch.arange(0.025, 2.5, 0.05, dtype=torch.double)
-    log_prior = -((A - AMPLITUDE[0]) / AMPLITUDE[1]).square() / 2
     W = kernel_weights(LOG_TAU.exp(), times, kernel).double()
     D, basis = readout(states).double(), readout.near(states).double() @ residual.basis             # (T+1, J, G or R)
     now = now.clamp_min(0.05).double()
@@ -205,16 +204,43 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
         f_mean = wf.sum(0) / n
         known = (w.T @ products(r)).view(residual.precision.shape) - wr[:, :, None] * wr[:, None] / n[:, None, None]
         value, axis = torch.linalg.eigh(whiten(whiten(known).mT))
-        a0, a1, a2 = (axis.mT @ part for part in (             # q = a0 + A a1 - A^2 a2 on these axes
+        q = [axis.mT @ part for part in (                   # q_0 + A q_1 - A^2 q_2 on these axes
             pull, whiten((wy.T @ r - wr * (y / n)[:, None])[..., None]),
-            whiten((wf.T @ r - wr * f_mean[:, None])[..., None])))
-        scale = 1 + A.square() * value.clamp_min(0)[..., None]                  # (G, R, A)
-        q = (a0 + A * a1 - A.square() * a2).square() / scale - scale.log()
-        m, s = (wy * f).sum(0) - f_mean * y, (wf * f).sum(0) - f_mean * wf.sum(0)
-        log_like = A * m[:, None] - A.square() * s[:, None] / 2 + q.sum(1) / 2
-        evidence.append(torch.logsumexp(log_like + log_prior, 1))
+            whiten((wf.T @ r - wr * f_mean[:, None])[..., None]))]
+        m, s = ((part * f).sum(0) - f_mean * total for part, total in ((wy, y), (wf, wf.sum(0))))
+        evidence.append(log_integral(partial(amplitude_evidence, m=m[:, None], s=s[:, None], q=q,
+                                             value=value.clamp_min(0)[..., None]), len(mean)))
     evidence = torch.stack(evidence, 1)
     return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
+
+
+def amplitude_evidence(A, m, s, q, value):
+    """What grid_evidence integrates: (G, n) of amplitudes (G, n); m, s (G, 1), q three (G, R, 1), value (G, R, 1)."""
+    a = A[:, None]                                                              # (G, 1, n)
+    scale = 1 + a.square() * value
+    of_residual = ((q[0] + a * q[1] - a.square() * q[2]).square() / scale - scale.log()).sum(1)
+    prior = ((A - AMPLITUDE[0]) / AMPLITUDE[1]).square()
+    return A * m - (A.square() * s - of_residual + prior) / 2
+
+
+def log_integral(log_f, n, step=0.05, largest=2.5):
+    """log int_0^largest f(A) dA of n functions at once (n,); log_f maps (n, points) to the same shape.
+
+    A sum over a grid; where a peak is narrower than the grid, as for genes of many counts, over one around that peak,
+    which a parabola through the grid's best point and its neighbours finds.
+    """
+    grid = torch.arange(step / 2, largest, step, dtype=torch.double).expand(n, -1)
+    value = log_f(grid)
+    best = value.argmax(1, keepdim=True).clamp(1, grid.shape[1] - 2)
+    left, top, right = (value.gather(1, best + k) for k in (-1, 0, 1))
+    bend = left - 2 * top + right
+    narrow = (bend < -1) & (top >= left) & (top >= right)
+    bend = torch.where(narrow, bend, -1.0)
+    sd = step / (-bend).sqrt()
+    around = grid.gather(1, best) + step * (left - right) / (2 * bend) + sd * torch.arange(-8, 8.5, 0.5)
+    fine = torch.where(around > 0, log_f(around.clamp_min(0)), -torch.inf)
+    return torch.where(narrow[:, 0], torch.logsumexp(fine, 1) + (sd[:, 0] / 2).log(),
+                       torch.logsumexp(value, 1) + math.log(step))
 
 
 def weigh_peaks(part, W, w, wy):
