@@ -196,7 +196,7 @@ def gate(result, halves, least_z=3.0, least_agreement=0.3):
     return Gate(not reasons, reasons, gain_z, own_z, halves.spearman)
 
 
-def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.15, prior_sd=1.0):
+def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.12, prior_sd=1.0):
     """Central intervals (low, high) of log tau: normal, variance = sd^2 + max(0, r - n) + model_sd^2.
 
         r   variance of refits on resampled cells (R, G)
