@@ -179,7 +179,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U), less its largest.
 
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
-        A > 0 ~ N(0.8, 0.5^2), B ~ N(0, 10^2), r what ATAC leaves open (Residual)
+        0 < A < 2.5 ~ N(0.8, 0.5^2), B ~ N(0, 10^2), r what ATAC leaves open (Residual)
         E(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_k (1 + A^2 lambda_k)^(1/2) dA
     lambda are the eigenvalues of what RNA knows of r against what ATAC knows of it, so that no A needs a factorisation.
     A course that ATAC does not show well may be another one: a delay that only its noise asks for is not believed, and
@@ -226,20 +226,23 @@ def amplitude_evidence(A, m, s, q, value):
 def log_integral(log_f, n, step=0.05, largest=2.5):
     """log int_0^largest f(A) dA of n functions at once (n,); log_f maps (n, points) to the same shape.
 
-    A sum over a grid; where a peak is narrower than the grid, as for genes of many counts, over one around that peak,
-    which a parabola through the grid's best point and its neighbours finds.
+    A sum over a grid; where a peak is narrower than the grid, as for genes of many counts, or falls off from an end
+    faster than it, as for genes that follow their chromatin upside down, over a grid around that peak or end, which a
+    parabola through the grid's best point and its neighbours finds.
     """
     grid = torch.arange(step / 2, largest, step, dtype=torch.double).expand(n, -1)
     value = log_f(grid)
     best = value.argmax(1, keepdim=True).clamp(1, grid.shape[1] - 2)
     left, top, right = (value.gather(1, best + k) for k in (-1, 0, 1))
-    bend = left - 2 * top + right
-    narrow = (bend < -1) & (top >= left) & (top >= right)
-    bend = torch.where(narrow, bend, -1.0)
-    sd = step / (-bend).sqrt()
-    around = grid.gather(1, best) + step * (left - right) / (2 * bend) + sd * torch.arange(-8, 8.5, 0.5)
-    fine = torch.where(around > 0, log_f(around.clamp_min(0)), -torch.inf)
-    return torch.where(narrow[:, 0], torch.logsumexp(fine, 1) + (sd[:, 0] / 2).log(),
+    bend, slope = (left - 2 * top + right).clamp_max(-1e-9), (right - left) / 2
+    peak = (grid.gather(1, best) - step * slope / bend).clamp(0, largest)
+    steep = (slope + bend * (peak - grid.gather(1, best)) / step).abs()         # there; 0 inside
+    narrow = torch.maximum(-bend, steep.square()) > 1
+    width = step / torch.maximum((-bend).sqrt(), steep)
+    around = peak + width * (torch.arange(-16, 16) + 0.5) / 2
+    inside = (around > 0) & (around < largest)
+    fine = torch.where(inside, log_f(around.clamp(0, largest)), -torch.inf)
+    return torch.where(narrow[:, 0], torch.logsumexp(fine, 1) + (width[:, 0] / 2).log(),
                        torch.logsumexp(value, 1) + math.log(step))
 
 

@@ -160,7 +160,7 @@ class AnchoredTau(nn.Module):
 
 
 class AnchoredEffendi(nn.Module):
-    """The default model: each gene read at its own delay through the readout of its own chromatin (anchored.py).
+    """The default model: each gene read at its own delay through the readout of its own chromatin (delay_fit.py).
 
         z_A   = Q AlignMLP(z_ATAC)                            8 dimensions, lifted orthonormally to D
         tau   = AnchoredTau(z_A)                              relative: mean log tau over genes is 0

@@ -343,6 +343,16 @@ def test_grid_evidence_is_the_probability_of_both_modalities_counts(depth):
     np.testing.assert_allclose(gap, gap.mean().expand(len(gap)), atol=1e-3 * max(1, depth / 100))
 
 
+@pytest.mark.parametrize("sd", [0.3, 0.05, 0.003])
+def test_log_integral_holds_for_wide_and_narrow_peaks_inside_and_beyond_the_ends(sd):
+    """Normal densities over (0, 2.5); 0.2 nats are allowed where a narrow peak lies at an end."""
+    mu = torch.tensor([0.8, 0.01, -0.1, -0.5, 1.23, 3.0], dtype=torch.double)[:, None]
+    found = delay_fit.log_integral(lambda A: -((A - mu) / sd).square() / 2, len(mu))[:, None]
+    below, above = torch.special.log_ndtr(mu / sd), torch.special.log_ndtr((2.5 - mu) / sd)
+    exact = torch.minimum(below, above) + math.log(sd * math.sqrt(2 * math.pi))  # the other end is far in all of them
+    torch.testing.assert_close(found, exact, atol=0.2, rtol=0)
+
+
 def test_the_residual_of_accessibility_has_the_spread_and_the_smoothness_it_says(monkeypatch):
     monkeypatch.setattr(delay_fit, "RESIDUAL_AXES", 40)
     readout = chromatin.GeneReadout(torch.randn(12, 64, generator=generator())).requires_grad_(False)
