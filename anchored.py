@@ -55,6 +55,7 @@ class Result:
     gain: torch.Tensor              # (N_out,) nats per held-out cell beyond v = 0, all members
     own: torch.Tensor               # (G,) nats of a gene's own chromatin beyond another's
     gene_gain: torch.Tensor         # (G,) nats beyond v = 0
+    pairing: float                  # standard errors by which a cell's RNA fits its own ATAC better than another's
     anchors: list
     delays: list
 
@@ -114,7 +115,8 @@ def combine(anchors, delays):
     within = torch.stack([d.sd.square() for d in delays]).mean(0)
     return Result(log_taus.mean(0), (within + log_taus.var(0, correction=0)).sqrt(), delays[0].kernel,
                   torch.cat([d.held_out - d.still for d in delays]), torch.stack([d.own for d in delays]).mean(0),
-                  torch.stack([d.gene_gain for d in delays]).mean(0), anchors, delays)
+                  torch.stack([d.gene_gain for d in delays]).mean(0), sum(d.pairing for d in delays) / len(delays),
+                  anchors, delays)
 
 
 # --- what the result is worth ------------------------------------------------------------------------------------
@@ -173,27 +175,32 @@ def informed(sd, prior_sd=1.0):
 class Gate:
     open: bool
     reasons: list                   # why tau means nothing on these data; empty when open
+    pairing_z: float
     gain_z: float
     own_z: float
     split_half: float
 
 
 def gate(result, halves, least_z=3.0, least_agreement=0.3):
-    """Whether tau means anything on these data: three tests, all of which have to pass.
+    """Whether tau means anything on these data: four tests, all of which have to pass.
 
-        moving beats v = 0 on held-out cells; a gene's own chromatin beats another gene's; the halves agree
+        held-out RNA fits the ATAC of its own cell better than another's; moving beats v = 0 on held-out cells; a gene's
+        own chromatin beats another gene's; the halves agree
     z = mean / standard error: over held-out cells for motion, over genes for own chromatin. Over cells the latter
     would not do: with labels shuffled all cells share the luck of the draw (z above 3 in 8-15 % of shuffles).
     """
     gain_z, own_z = z_score(result.gain), z_score(result.own)
     reasons = []
+    if not result.pairing > least_z:
+        reasons.append(f"a cell's RNA fits its own ATAC no better than another cell's (z = {result.pairing:.1f}): do "
+                       "the barcodes of both modalities name the same cells?")
     if not gain_z > least_z:
         reasons.append(f"a moving state predicts held-out expression no better than v = 0 (z = {gain_z:.1f})")
     if not own_z > least_z:
         reasons.append(f"a gene's own chromatin predicts no better than another gene's (z = {own_z:.1f})")
     if not halves.spearman > least_agreement:
         reasons.append(f"delays from two halves of the cells disagree (Spearman {halves.spearman:.2f})")
-    return Gate(not reasons, reasons, gain_z, own_z, halves.spearman)
+    return Gate(not reasons, reasons, result.pairing, gain_z, own_z, halves.spearman)
 
 
 def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.12, prior_sd=1.0):

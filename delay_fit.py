@@ -54,7 +54,10 @@ PEAK_SD = 0.7                                               # prior spread of wh
 RESIDUAL_SD = 0.2                                           # of what D may miss of a gene's accessibility, mean about 1
 RESIDUAL_BANDWIDTH = 2 * BANDWIDTH                          # over which that stays alike, latent units
 RESIDUAL_AXES = 16                                          # leading ones; 24 measured the same
-AMPLITUDE, OFFSET_SD = (0.8, 0.5), 10.0                     # priors of A and B where they are integrated out
+AMPLITUDE = (0.8, 0.5)                                      # prior of A: mean, sd
+OFFSET_SD = 0.5                                             # of B where peaks are weighed, mean expression about 1
+LEAST_PAIRING = 3.0                                         # standard errors, for RNA to take part in placing cells
+BASAL_SDS = (0.1, 0.2, 0.5, 1.5)                            # of B > 0 in grid_evidence
 
 
 # --- the delay kernel --------------------------------------------------------------------------------------------
@@ -175,25 +178,29 @@ def products(x):
 
 
 @torch.no_grad()
-def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, times=TIMES):
+def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, prior_mean, prior_sd, times=TIMES):
     """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U), less its largest.
 
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
-        0 < A < 2.5 ~ N(0.8, 0.5^2), B ~ N(0, 10^2), r what ATAC leaves open (Residual)
-        E(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_k (1 + A^2 lambda_k)^(1/2) dA
+        0 < A < 2.5 ~ N(0.8, 0.5^2), r what ATAC leaves open (Residual)
+        0 < B ~ sum_k pi_k N(0, b_k^2), b_k = BASAL_SDS, pi by maximum likelihood over all genes and delays
+        E_k(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_i (1 + A^2 lambda_i)^(1/2) p_k(B | A) dA
     lambda are the eigenvalues of what RNA knows of r against what ATAC knows of it, so that no A needs a factorisation.
     A course that ATAC does not show well may be another one: a delay that only its noise asks for is not believed, and
-    expression helps to find the course. r is what D misses, and enters D' as it is where peaks are weighed.
+    expression helps to find the course. r is what D misses, and enters D' as it is where peaks are weighed. B is the
+    expression that no chromatin drives. A gene could make up for a wrong delay by more amplitude and a B to match, even
+    a negative one; how large B is in these data, all genes say together.
 
     Shapes  states (T+1, J, 8) of the landmarks at `times`, readout D', counts (J, G), exposure (J,), mean (G,),
-            now (J, G) yhat, for the variance, residual: Residual
+            now (J, G) yhat, for the variance, residual: Residual, prior_mean (G,) of log tau
+    Ref     Stephens 2017, False discovery rates: a new deal (a scale mixture whose shares the data choose)
     """
     W = kernel_weights(LOG_TAU.exp(), times, kernel).double()
     D, basis = readout(states).double(), readout.near(states).double() @ residual.basis             # (T+1, J, G or R)
     now = now.clamp_min(0.05).double()
     w, wy = mean * exposure[:, None] / now, counts / now                        # 1 / variance of y, and that times y
-    n, y = w.sum(0) + OFFSET_SD**-2, wy.sum(0)                                  # B is integrated out by these
-    factor, evidence = torch.linalg.cholesky(residual.precision), []
+    n, y = w.sum(0), wy.sum(0)                                                  # B is integrated out by these
+    factor, each = torch.linalg.cholesky(residual.precision), []
 
     def whiten(x):
         return torch.linalg.solve_triangular(factor, x, upper=False)
@@ -208,42 +215,68 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
             pull, whiten((wy.T @ r - wr * (y / n)[:, None])[..., None]),
             whiten((wf.T @ r - wr * f_mean[:, None])[..., None]))]
         m, s = ((part * f).sum(0) - f_mean * total for part, total in ((wy, y), (wf, wf.sum(0))))
-        evidence.append(log_integral(partial(amplitude_evidence, m=m[:, None], s=s[:, None], q=q,
-                                             value=value.clamp_min(0)[..., None]), len(mean)))
-    evidence = torch.stack(evidence, 1)
+        each.append(amplitude_integrals(partial(
+            given_amplitude, m=m[:, None], s=s[:, None], q=q, value=value.clamp_min(0)[..., None], n=n[:, None],
+            y_mean=(y / n)[:, None], f_mean=f_mean[:, None], r_mean=axis.mT @ whiten((wr / n[:, None])[..., None])),
+            len(mean)))
+    evidence = learned_mixture(torch.stack(each, 2), prior_mean, prior_sd)
     return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
 
 
-def amplitude_evidence(A, m, s, q, value):
-    """What grid_evidence integrates: (G, n) of amplitudes (G, n); m, s (G, 1), q three (G, R, 1), value (G, R, 1)."""
-    a = A[:, None]                                                              # (G, 1, n)
-    scale = 1 + a.square() * value
-    of_residual = ((q[0] + a * q[1] - a.square() * q[2]).square() / scale - scale.log()).sum(1)
-    prior = ((A - AMPLITUDE[0]) / AMPLITUDE[1]).square()
-    return A * m - (A.square() * s - of_residual + prior) / 2
+def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
+    """What grid_evidence integrates over A, but for B's prior: its log, mean and variance of B under a flat one.
 
 
-def log_integral(log_f, n, step=0.05, largest=2.5):
-    """log int_0^largest f(A) dA of n functions at once (n,); log_f maps (n, points) to the same shape.
-
-    A sum over a grid; where a peak is narrower than the grid, as for genes of many counts, or falls off from an end
-    faster than it, as for genes that follow their chromatin upside down, over a grid around that peak or end, which a
-    parabola through the grid's best point and its neighbours finds.
+    Shapes  A (G, k); m, s, n, y_mean, f_mean (G, 1); q three (G, R, 1); value, r_mean (G, R, 1) -> (3, G, k)
     """
-    grid = torch.arange(step / 2, largest, step, dtype=torch.double).expand(n, -1)
-    value = log_f(grid)
-    best = value.argmax(1, keepdim=True).clamp(1, grid.shape[1] - 2)
-    left, top, right = (value.gather(1, best + k) for k in (-1, 0, 1))
-    bend, slope = (left - 2 * top + right).clamp_max(-1e-9), (right - left) / 2
-    peak = (grid.gather(1, best) - step * slope / bend).clamp(0, largest)
-    steep = (slope + bend * (peak - grid.gather(1, best)) / step).abs()         # there; 0 inside
-    narrow = torch.maximum(-bend, steep.square()) > 1
-    width = step / torch.maximum((-bend).sqrt(), steep)
-    around = peak + width * (torch.arange(-16, 16) + 0.5) / 2
-    inside = (around > 0) & (around < largest)
-    fine = torch.where(inside, log_f(around.clamp(0, largest)), -torch.inf)
-    return torch.where(narrow[:, 0], torch.logsumexp(fine, 1) + (width[:, 0] / 2).log(),
-                       torch.logsumexp(value, 1) + math.log(step))
+    a = A[:, None]                                                              # (G, 1, k)
+    scale, pull = 1 + a.square() * value, q[0] + a * q[1] - a.square() * q[2]
+    of_residual = (pull.square() / scale - scale.log()).sum(1)
+    prior = ((A - AMPLITUDE[0]) / AMPLITUDE[1]).square()
+    return torch.stack([A * m - (A.square() * s - of_residual + prior) / 2,
+                        y_mean - A * (f_mean + (r_mean * pull / scale).sum(1)),
+                        1 / n + A.square() * (r_mean.square() / scale).sum(1)])
+
+
+def amplitude_integrals(given, n, largest=2.5, points=26, zooms=5):
+    """log int p(data, A, B) dA dB over 0 < A < largest, B > 0, for every scale of B's prior and n genes: (K, n).
+
+    given: of A (n, k), as given_amplitude (3, n, k).
+    16 points are added, `zooms` times over, around the highest one: peaks of genes with many counts are narrow, and
+    fall off steeply from an end where a gene follows its chromatin upside down.
+    """
+    A = torch.linspace(0, largest, points, dtype=torch.double).expand(n, -1)
+    found = given(A)
+    for _ in range(zooms):
+        best = (found[0] + torch.special.log_ndtr(found[1] / found[2].sqrt())).argmax(1, keepdim=True)
+        low, high = (A.gather(1, (best + k).clamp(0, A.shape[1] - 1)) for k in (-2, 2))
+        more = low + (high - low) * (torch.arange(16) + 0.5) / 16
+        A, order = torch.cat([A, more], 1).sort(1)
+        found = torch.cat([found, given(more)], 2).gather(2, order.expand(3, -1, -1))
+    log_p, offset, variance = found
+    out = []
+    for sd in BASAL_SDS:                                    # int 2 N(B; 0, sd^2) N(B; offset, variance) dB over B > 0
+        total = sd**2 + variance
+        inside = torch.special.log_ndtr(offset * sd / (variance * total).sqrt())
+        out.append(log_integral(A, log_p + inside - (offset.square() / total + total.log()) / 2))
+    return torch.stack(out)
+
+
+def log_integral(x, log_f):
+    """log of the integral of f over points x (n, k) in order, exponential between them: (n,)."""
+    fall = log_f.diff(dim=1).abs().clamp_min(1e-9)
+    return torch.logsumexp(torch.maximum(log_f[:, 1:], log_f[:, :-1])
+                           + (-torch.expm1(-fall) / fall * x.diff(dim=1)).log(), 1)
+
+
+def learned_mixture(each, prior_mean, prior_sd, rounds=100):
+    """Log evidence (G, U) of a mixture of K models (K, G, U), in those shares that make all genes the likeliest."""
+    log_prior = torch.log_softmax(-((LOG_TAU - prior_mean[:, None]) / prior_sd).square().double() / 2, 1)
+    of_gene = torch.logsumexp(each + log_prior, 2)
+    share = torch.full((len(each), 1), 1 / len(each), dtype=torch.double)
+    for _ in range(rounds):
+        share = torch.softmax(of_gene + share.log(), 0).mean(1, keepdim=True).clamp_min(1e-9)
+    return torch.logsumexp(each + share.log()[..., None], 0)
 
 
 def weigh_peaks(part, W, w, wy):
@@ -451,6 +484,7 @@ class DelayFit:
     own_parameters: dict            # delta, p, q of the readout that expression follows
     peak_weight: torch.Tensor       # (C,) what every peak counts for; sum of |weight| share over a gene = 1
     peak_sd: torch.Tensor           # (C,) its posterior standard deviation, 0 where a gene's peaks were not weighed
+    pairing: float                  # standard errors by which a cell's RNA fits its own ATAC better than another's
 
     def followed(self, readout):
         """The readout D' that expression follows, from the anchor's D."""
@@ -531,6 +565,7 @@ class _Flow:
     held_out: torch.Tensor | None = None    # (N_out,) log-likelihood of each held-out cell
     epoch: int = 0
     history: tuple = ()             # (epoch, held-out nats a cell)
+    pairing: float = math.inf       # taken for granted until the first E-step
 
 
 @dataclass
@@ -543,7 +578,8 @@ class _EM:
             The last one, on all cells, believes D' only as far as ATAC's counts support it (grid_evidence).
     The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
     has a flat first factor. Nothing of this is needed or used to predict. A factor that is broader than what ATAC says,
-    such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too.
+    such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too. So would
+    RNA of another cell: where held-out cells show no sign of pairing (pairing), ATAC alone places cells.
     """
     z: torch.Tensor
     readout: GeneReadout
@@ -592,20 +628,35 @@ class _EM:
         return exposures(path(flow.field, self.z, self.times), flow.readout, self.weights(flow), flow.A, flow.B,
                          self.depth, self.mean)
 
+    def log_share(self, yhat):
+        """What share of a cell's counts a gene has at each landmark, log (J, G)."""
+        share = self.mean * yhat
+        return (share / share.sum(1, keepdim=True)).clamp_min(1e-30).log()
+
     @torch.no_grad()
     def at_landmarks(self, flow, rows):
         """Paths (T+1, J, 8) of the landmarks; counts (J, G) and exposures (J,) of the cells `rows` expected there."""
         states = path(flow.field.eval(), self.readout.landmarks, self.times)
         yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
-        share = self.mean * yhat
-        share = (share / share.sum(1, keepdim=True)).clamp_min(1e-30).log()
-        counts, exposure = 0.0, 0.0
+        log_share, counts, exposure = self.log_share(yhat) * (flow.pairing > LEAST_PAIRING), 0.0, 0.0
         paired = ((self.counts[part], self.given_atac[part]) for part in rows.split(4096))
-        alone = ((part, 0.0) for part in (self.rna_only.split(4096) if len(self.rna_only) else ()))
+        alone = ((part, 0.0) for part in self.rna_only.split(4096) if len(part) and flow.pairing > LEAST_PAIRING)
         for y, given_atac in (*paired, *alone):
-            P = torch.softmax(given_atac + y @ share.T, 1)
+            P = torch.softmax(given_atac + y @ log_share.T, 1)
             counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
         return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
+
+    @torch.no_grad()
+    def pairing(self, flow):
+        """Standard errors by which held-out RNA fits the states of its own cell's ATAC better than those of another's.
+
+            mean over c of sum_j (P_cj - mean P_j) (l_cj - mean l_j),   P from ATAC alone, l_cj = log p(RNA of c | z_j)
+        """
+        states = path(flow.field.eval(), self.readout.landmarks, self.times)
+        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
+        log_p = self.counts[self.out] @ self.log_share(yhat).T
+        P = torch.softmax(self.given_atac[self.out], 1)
+        return z_score(((P - P.mean(0)) * (log_p - log_p.mean(0))).sum(1))
 
     def e_step(self, flow, damping=1.0, kernel=None):
         """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
@@ -627,7 +678,7 @@ class _EM:
         """The flow with D', a readout of those peaks of every gene that its expression follows.
 
             y = B + sum_p (A + d_p) F_p,   F_p = sum_s W_s(tau) D(z_s, g) share_p(z_s)       at the landmarks
-            A and B as in grid_evidence, d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
+            A ~ N(0.8, 0.5^2), B ~ N(0, 0.5^2), d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
             b_p = E[A + d_p] over the posterior of tau, whose evidence has A, B, d integrated out
             D'(z) ~ sum_p b_p D(z, g) share_p(z) + c_g, c_g such that it is nowhere below 2 % of its mean size
         Peaks of which expression follows only some, or which repress it, would otherwise bend the delay. Where
@@ -699,6 +750,8 @@ class _EM:
                 continue
             if (epoch - warm) % every == 0:
                 offset = self.exposure(flow)
+                if flow.pairing == math.inf:
+                    flow = replace(flow, pairing=self.pairing(flow))
                 if self.peaks is not None and flow.readout is self.readout and epoch > warm:
                     flow = self.e_step(self.weigh(flow))
                 else:
@@ -726,7 +779,7 @@ class _EM:
         _, a, b = self.likelihood(flow, states, counts, exposure)
         evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel,
                                  predict(states, flow.readout, weights, flow.A, flow.B),
-                                 Residual(self.readout, self.seen), self.times)
+                                 Residual(self.readout, self.seen), flow.prior, self.prior_sd, self.times)
         share, centre, sd = posterior(evidence, flow.prior, self.prior_sd)
         moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
                                  flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
@@ -745,7 +798,7 @@ class _EM:
                         flow.held_out, still, own - foreign,
                         (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene, level,
                         flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history],
-                        flow.readout.own(), flow.peak_weight, flow.peak_sd)
+                        flow.readout.own(), flow.peak_weight, flow.peak_sd, flow.pairing)
 
 
 @torch.no_grad()
@@ -759,7 +812,7 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0):
     em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)
     n = len(em.mean)
     flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, torch.zeros(n),
-                 delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
+                 delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd, pairing=delay.pairing)
     grid = LOG_TAU[::2]
     explain = em.explainer(flow, torch.arange(len(counts)), grid)
 

@@ -91,6 +91,7 @@ class Options:
     # unkind data
     lineage_delay: float = _opt(0.0, "log tau differs by this much, up or down, between lineages")
     programs: int = _opt(1, "different programs among the peaks of a gene")
+    basal: float = _opt(0.15, "largest expression, over the drive's amplitude, that no chromatin drives")
     late: float = _opt(0.0, "share of enhancers that act on transcription late_by after they open")
     late_by: float = _opt(1.0, "how late, time units")
     repressive: float = _opt(0.0, "share of enhancers that repress: open where the gene is off")
@@ -130,6 +131,7 @@ class Options:
             (self.unpaired >= 0, f"unpaired={self.unpaired}; give 0 or more cells"),
             (1 <= self.lineages <= 100, f"lineages={self.lineages}; give 1 to 100"),
             (self.counts > 0, f"depth={self.depth}; give more than 0"),
+            (self.basal >= 0, f"basal={self.basal}; give 0 or more"),
             (self.rna_ratio > 0, f"rna_ratio={self.rna_ratio}; give more than 0"),
             (0 < self.tau_min <= self.tau_max,
              f"tau_min={self.tau_min}, tau_max={self.tau_max}; give 0 < tau_min <= tau_max"),
@@ -292,7 +294,7 @@ class Population:
         self.weight = np.zeros((2, G, K))               # of each program in the drive, prompt and late
         np.add.at(self.weight, (linked.late.astype(int), linked.gene, linked.program), linked.effect)
         level = np.exp(0.5 * pick.standard_normal((2, G)))
-        self.amplitude, self.baseline = level[0], level[0] * pick.uniform(0.0, 0.15, G)
+        self.amplitude, self.baseline = level[0], level[0] * pick.uniform(0.0, o.basal, G)
         self.rna_grid = self._rna_grid(level[0])                                # (L, T, G) mean counts
         self.atac_grid, self.unit_of_peak = self._atac_grid(level[1])           # (L, T, U) mean counts
 

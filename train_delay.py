@@ -389,8 +389,9 @@ def run_anchored():
     model = build_anchored(result, data, groups, shift)
     out = inference.predict(model, data["x"], data["emb"], device, config.BATCH_SIZE)
     table = anchored_table(result, low, high, ok, why, out["tau"], data)
-    metrics = dict(kernel=result.kernel, gate_open=gate.open, gain_z=gate.gain_z, own_z=gate.own_z,
-                   split_half=gate.split_half, modulation_reliability=reliability, identifiable=int(ok.sum()))
+    metrics = dict(kernel=result.kernel, gate_open=gate.open, pairing_z=gate.pairing_z, gain_z=gate.gain_z,
+                   own_z=gate.own_z, split_half=gate.split_half, modulation_reliability=reliability,
+                   identifiable=int(ok.sum()))
     history = [dict(member=m + 1, epoch=epoch, gain_over_v0=gain) for m, d in enumerate(result.delays)
                for epoch, gain in d.history]
     seconds = time.time() - start

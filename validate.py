@@ -135,6 +135,8 @@ def gate_checks(training):
         return []
     n, least = training["cells"], "> 3 standard errors"
     return [
+        check("1", "gate: RNA fits its own cell's ATAC", found["pairing_z"], least, found["pairing_z"] > 3, n,
+              "held-out RNA"),
         check("1", "gate: moving beats v = 0", found["gain_z"], least, found["gain_z"] > 3, n, "held-out RNA"),
         check("1", "gate: own chromatin beats another's", found["own_z"], least, found["own_z"] > 3, n, "held-out RNA"),
         check("1", "gate: halves of the cells agree", found["split_half"], "Spearman > 0.3",
