@@ -36,6 +36,7 @@ ROWS = {
     "late": dict(late=0.3),
     "repressive": dict(repressive=0.3),
     "unlinked": dict(unlinked=0.3),
+    "basal": dict(basal=1.0),
     "burn-in": dict(burn_in=0.7),
     "batches": dict(batch_effect=0.3),
     "not told": dict(batch_effect=0.3, level=False),

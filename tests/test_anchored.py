@@ -510,11 +510,24 @@ def test_align_takes_the_embedding_as_it_comes(data, result):
 def test_the_gate_opens_on_real_pairs_and_closes_on_shuffled_ones(data, result):
     x, access, counts, emb, _ = data
     halves = anchored.split_half(x, access, counts, emb, generator(1), "exp")
-    assert anchored.gate(result, halves).open
+    verdict = anchored.gate(result, halves)
+    assert verdict.open and verdict.pairing_z > 8           # 13 here
     wrong = counts[np.random.default_rng(5).permutation(len(counts))]
     shuffled = anchored.fit(x, access, wrong, emb, generator(), kernel="exp", members=1)
     verdict = anchored.gate(shuffled, anchored.split_half(x, access, wrong, emb, generator(1), "exp"))
-    assert not verdict.open and verdict.reasons
+    assert not verdict.open and "barcodes" in verdict.reasons[0] and abs(verdict.pairing_z) < 3
+
+
+def test_rna_of_other_cells_takes_no_part_in_placing_cells(data, result):
+    em = delay_fit._EM.of(result.anchors[0], data[1], data[2], generator())
+    flow, rows = em.begin("exp"), torch.arange(50)
+    by_atac = torch.softmax(em.given_atac[rows], 1).T @ em.counts[rows]
+    for pairing, alone in ((0.0, True), (20.0, False), (math.nan, True)):       # nan: no held-out cells
+        counts = em.at_landmarks(replace(flow, pairing=pairing), rows)[1]
+        assert torch.allclose(counts, by_atac, atol=1e-4) == alone
+    em = replace(em, rna_only=em.counts[:9])    # what has no ATAC has no place then
+    counts = em.at_landmarks(replace(flow, pairing=0.0), rows)[1]
+    torch.testing.assert_close(counts, by_atac, atol=1e-4, rtol=0)
 
 
 def test_a_flat_gene_and_a_rare_gene_are_not_identifiable(data, result):

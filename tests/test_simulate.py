@@ -268,6 +268,7 @@ def test_unpaired_cells_are_new_ones_and_leave_the_paired_as_they_were(kind):
 @pytest.mark.parametrize("options, rna_same, atac_same", [
     (dict(lineage_delay=0.6), False, True), (dict(late=0.5), False, True), (dict(repressive=0.5), True, False),
     (dict(burn_in=0.5), False, True), (dict(ambient=0.2), False, True), (dict(noise=0.3), False, True),
+    (dict(basal=1.0), False, True),
     (dict(unlinked=0.3), False, True), (dict(rna_total=50), False, True), (dict(peaks=400), True, False),
     (dict(splicing=True), True, True), (dict(kernel="shift"), False, True), (dict(programs=2), False, False),
     (dict(doublets=0.2), False, False), (dict(batch_effect=0.3), False, False), (dict(uneven=1.0), False, False)])
@@ -399,7 +400,8 @@ def test_unspliced_rna_is_what_spliced_rna_follows():
 
 @pytest.mark.parametrize("options, words", [
     (dict(kernel="box"), "kernel='box'"), (dict(depth="dense"), "depth='dense'"), (dict(doublet=0.1), "doublets"),
-    (dict(ambient=1.5), "ambient=1.5"), (dict(lineages=1, lineage_delay=0.6), "two lineages"),
+    (dict(basal=-1.0), "basal=-1"), (dict(ambient=1.5), "ambient=1.5"),
+    (dict(lineages=1, lineage_delay=0.6), "two lineages"),
     (dict(peaks=10), "peaks=10"), (dict(collection_times=(0, 12)), "hours_per_unit"), (dict(t_branch=5.9), "t_branch"),
     (dict(noise=-1.0), "noise=-1.0"), (dict(cells=0), "cells=0"), (dict(tau_min=0.0), "tau_min")])
 def test_a_wrong_option_is_named_with_what_to_give_instead(options, words):
