@@ -231,7 +231,7 @@ def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
     """
     a = A[:, None]                                                              # (G, 1, k)
     scale, pull = 1 + a.square() * value, q[0] + a * q[1] - a.square() * q[2]
-    of_residual = (pull.square() / scale - scale.log()).sum(1)
+    of_residual = (pull.square() / scale).sum(1) - scale.prod(1).log()
     prior = ((A - AMPLITUDE[0]) / AMPLITUDE[1]).square()
     return torch.stack([A * m - (A.square() * s - of_residual + prior) / 2,
                         y_mean - A * (f_mean + (r_mean * pull / scale).sum(1)),
@@ -245,15 +245,18 @@ def amplitude_integrals(given, n, largest=2.5, points=26, zooms=5):
     16 points are added, `zooms` times over, around the highest one: peaks of genes with many counts are narrow, and
     fall off steeply from an end where a gene follows its chromatin upside down.
     """
+    def with_height(A):                                     # how high, about: B < 0 costs half its square
+        log_p, offset, variance = found = given(A)
+        return torch.cat([found, (log_p - offset.clamp_max(0).square() / variance / 2)[None]])
     A = torch.linspace(0, largest, points, dtype=torch.double).expand(n, -1)
-    found = given(A)
+    found = with_height(A)
     for _ in range(zooms):
-        best = (found[0] + torch.special.log_ndtr(found[1] / found[2].sqrt())).argmax(1, keepdim=True)
+        best = found[3].argmax(1, keepdim=True)
         low, high = (A.gather(1, (best + k).clamp(0, A.shape[1] - 1)) for k in (-2, 2))
         more = low + (high - low) * (torch.arange(16) + 0.5) / 16
         A, order = torch.cat([A, more], 1).sort(1)
-        found = torch.cat([found, given(more)], 2).gather(2, order.expand(3, -1, -1))
-    log_p, offset, variance = found
+        found = torch.cat([found, with_height(more)], 2).gather(2, order.expand(4, -1, -1))
+    log_p, offset, variance, _ = found
     out = []
     for sd in BASAL_SDS:                                    # int 2 N(B; 0, sd^2) N(B; offset, variance) dB over B > 0
         total = sd**2 + variance
