@@ -193,7 +193,7 @@ def gate(result, halves, least_z=3.0, least_agreement=0.3):
     reasons = []
     if not result.pairing > least_z:
         reasons.append(f"a cell's RNA fits its own ATAC no better than another cell's (z = {result.pairing:.1f}): do "
-                       "the barcodes of both modalities name the same cells?")
+                       "barcodes name the same cells in both files, and do peaks and genes use one genome build?")
     if not gain_z > least_z:
         reasons.append(f"a moving state predicts held-out expression no better than v = 0 (z = {gain_z:.1f})")
     if not own_z > least_z:
