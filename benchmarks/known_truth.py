@@ -260,13 +260,13 @@ def specification(data, args):
     """OBJECTIVE "specification"; tau is the mean over cells of what AmortizedTau says."""
     import scipy.sparse as sp
     config.VF_EPOCHS, config.STAGE1_EPOCHS, config.STAGE2_EPOCHS = args.spec_epochs
-    seed, barcodes, cpu = data.options.seed, data.cells.index, torch.device("cpu")
+    seed, barcodes, cpu, emb = data.options.seed, data.cells.index, torch.device("cpu"), data.emb.astype(np.float32)
     with contextlib.redirect_stdout(io.StringIO()):
         first, _ = train_vf.fit(data.x, data.z_R, cpu, seed)
         paired = dict(z_atac=data.x, z_R=data.z_R, counts=sp.csr_matrix(data.counts), depth=data.counts.sum(1),
-                      gene_emb=data.emb, cells=barcodes, held_out=train_delay.held_out_cells(barcodes))
+                      gene_emb=emb, cells=barcodes, held_out=train_delay.held_out_cells(barcodes))
         model, _ = train_delay.fit(paired, first.align.state_dict(), first.field.state_dict(), cpu, seed)
-        tau = inference.predict(model, data.x, data.emb, cpu)["tau"].mean(0)
+        tau = inference.predict(model, data.x, emb, cpu)["tau"].mean(0)
     return dict(log_tau=np.log(tau), note="epochs {}, {} + {}; tau {:.3f} to {:.3f}".format(
         *args.spec_epochs, tau.min(), tau.max()))
 

@@ -70,6 +70,14 @@ def test_the_fit_that_is_told_the_true_time_recovers_the_delays(small):
     assert 0.4 < scores["coverage"] <= 1
 
 
+def test_the_model_as_specified_runs_for_the_epochs_it_is_given(small, monkeypatch):
+    for name in ("VF_EPOCHS", "STAGE1_EPOCHS", "STAGE2_EPOCHS"):
+        monkeypatch.setattr(known_truth.config, name, 1)    # the row sets them; put back afterwards
+    found = known_truth.specification(small, Namespace(spec_epochs=[1, 2, 1]))
+    assert len(found["log_tau"]) == len(small.truth) and np.isfinite(found["log_tau"]).all()
+    assert "epochs 1, 2 + 1" in found["note"]
+
+
 def test_a_common_factor_of_all_delays_changes_no_score(small):
     truth = np.log(small.truth.tau.to_numpy())
     for shift in (0.0, 2.3):
