@@ -27,6 +27,7 @@ import torch
 from chromatin import fit_anchor
 from delay_fit import (
     CANDIDATES,
+    LEAST_PAIRING,
     LOG_TAU,
     TIMES,
     chromatin_lead,
@@ -55,7 +56,7 @@ class Result:
     gain: torch.Tensor              # (N_out,) nats per held-out cell beyond v = 0, all members
     own: torch.Tensor               # (G,) nats of a gene's own chromatin beyond another's
     gene_gain: torch.Tensor         # (G,) nats beyond v = 0
-    pairing: float                  # standard errors by which a cell's RNA fits its own ATAC better than another's
+    pairing: float                  # standard errors by which a cell's RNA fits its own ATAC better, mean of members
     anchors: list
     delays: list
 
@@ -184,16 +185,16 @@ class Gate:
 def gate(result, halves, least_z=3.0, least_agreement=0.3):
     """Whether tau means anything on these data: four tests, all of which have to pass.
 
-        held-out RNA fits the ATAC of its own cell better than another's; moving beats v = 0 on held-out cells; a gene's
-        own chromatin beats another gene's; the halves agree
+        RNA fits the ATAC of its own cell better than another's; moving beats v = 0 on held-out cells; a gene's own
+        chromatin beats another gene's; the halves agree
     z = mean / standard error: over held-out cells for motion, over genes for own chromatin. Over cells the latter
     would not do: with labels shuffled all cells share the luck of the draw (z above 3 in 8-15 % of shuffles).
     """
     gain_z, own_z = z_score(result.gain), z_score(result.own)
     reasons = []
-    if not result.pairing > least_z:
-        reasons.append(f"a cell's RNA fits its own ATAC no better than another cell's (z = {result.pairing:.1f}): do "
-                       "barcodes name the same cells in both files, and do peaks and genes use one genome build?")
+    if not result.pairing > LEAST_PAIRING:
+        reasons.append("no clear sign that the RNA and ATAC of a barcode come from one cell "
+                       f"(z = {result.pairing:.1f}): are the barcodes of both files those of the same cells?")
     if not gain_z > least_z:
         reasons.append(f"a moving state predicts held-out expression no better than v = 0 (z = {gain_z:.1f})")
     if not own_z > least_z:

@@ -56,7 +56,7 @@ RESIDUAL_BANDWIDTH = 2 * BANDWIDTH                          # over which that st
 RESIDUAL_AXES = 16                                          # leading ones; 24 measured the same
 AMPLITUDE = (0.8, 0.5)                                      # prior of A: mean, sd
 OFFSET_SD = 0.5                                             # of B where peaks are weighed, mean expression about 1
-LEAST_PAIRING = 3.0                                         # standard errors, for RNA to take part in placing cells
+LEAST_PAIRING = 4.0                                         # standard errors, for RNA to take part in placing cells
 BASAL_SDS = (0.1, 0.2, 0.5, 1.5)                            # of B > 0 in grid_evidence
 
 
@@ -184,7 +184,9 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
         0 < A < 2.5 ~ N(0.8, 0.5^2), r what ATAC leaves open (Residual)
         0 < B ~ sum_k pi_k N(0, b_k^2), b_k = BASAL_SDS, pi by maximum likelihood over all genes and delays
-        E_k(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_i (1 + A^2 lambda_i)^(1/2) p_k(B | A) dA
+        E_k(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_i (1 + A^2 lambda_i)^(1/2)
+                       int p_k(B) N(B; offset, variance) dB dA
+    m, s: what y and F know of A; q: what RNA and ATAC know of r; offset, variance: of B given A; r is integrated out.
     lambda are the eigenvalues of what RNA knows of r against what ATAC knows of it, so that no A needs a factorisation.
     A course that ATAC does not show well may be another one: a delay that only its noise asks for is not believed, and
     expression helps to find the course. r is what D misses, and enters D' as it is where peaks are weighed. B is the
@@ -224,8 +226,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
 
 
 def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
-    """What grid_evidence integrates over A, but for B's prior: its log, mean and variance of B under a flat one.
-
+    """What grid_evidence integrates over A, r and a flat B integrated out: its log, and the mean and variance of B.
 
     Shapes  A (G, k); m, s, n, y_mean, f_mean (G, 1); q three (G, R, 1); value, r_mean (G, R, 1) -> (3, G, k)
     """
@@ -238,7 +239,7 @@ def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
                         1 / n + A.square() * (r_mean.square() / scale).sum(1)])
 
 
-def amplitude_integrals(given, n, largest=2.5, points=26, zooms=5):
+def amplitude_integrals(given, n, largest=2.5, points=101, zooms=4):
     """log int p(data, A, B) dA dB over 0 < A < largest, B > 0, for every scale of B's prior and n genes: (K, n).
 
     given: of A (n, k), as given_amplitude (3, n, k).
@@ -272,8 +273,11 @@ def log_integral(x, log_f):
                            + (-torch.expm1(-fall) / fall * x.diff(dim=1)).log(), 1)
 
 
-def learned_mixture(each, prior_mean, prior_sd, rounds=100):
-    """Log evidence (G, U) of a mixture of K models (K, G, U), in those shares that make all genes the likeliest."""
+def learned_mixture(each, prior_mean, prior_sd, rounds=1000):
+    """Log evidence (G, U) of a mixture of K models (K, G, U), in those shares that make all genes the likeliest.
+
+    With few genes the shares are those that suit these few best.
+    """
     log_prior = torch.log_softmax(-((LOG_TAU - prior_mean[:, None]) / prior_sd).square().double() / 2, 1)
     of_gene = torch.logsumexp(each + log_prior, 2)
     share = torch.full((len(each), 1), 1 / len(each), dtype=torch.double)
@@ -568,7 +572,6 @@ class _Flow:
     held_out: torch.Tensor | None = None    # (N_out,) log-likelihood of each held-out cell
     epoch: int = 0
     history: tuple = ()             # (epoch, held-out nats a cell)
-    pairing: float = math.inf       # taken for granted until the first E-step
 
 
 @dataclass
@@ -582,7 +585,7 @@ class _EM:
     The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
     has a flat first factor. Nothing of this is needed or used to predict. A factor that is broader than what ATAC says,
     such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too. So would
-    RNA of another cell: where held-out cells show no sign of pairing (pairing), ATAC alone places cells.
+    RNA of another cell: where there is no sign that pairs are pairs (pairing), ATAC alone places cells.
     """
     z: torch.Tensor
     readout: GeneReadout
@@ -599,6 +602,7 @@ class _EM:
     given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j)
     peaks: PeakShares | None
     seen: Seen
+    paired: bool = True             # RNA takes part in placing cells
 
     @classmethod
     def of(cls, anchor, access, counts, rng, held_out=0.1, times=TIMES, prior_sd=1.0, batch=256, kinetic=0.012,
@@ -608,8 +612,9 @@ class _EM:
         train, out = split_cells(len(counts), held_out, rng)
         with torch.no_grad():
             given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, *size_factors(access))
-        return cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
-                   rna_only, given_atac, anchor.peaks, anchor.seen)
+        em = cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
+                 rna_only, given_atac, anchor.peaks, anchor.seen)
+        return replace(em, paired=em.pairing() > LEAST_PAIRING)
 
     def begin(self, kernel, after=None):
         """The start of a fit, or what a fit with another kernel has reached, read with this one."""
@@ -641,24 +646,23 @@ class _EM:
         """Paths (T+1, J, 8) of the landmarks; counts (J, G) and exposures (J,) of the cells `rows` expected there."""
         states = path(flow.field.eval(), self.readout.landmarks, self.times)
         yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
-        log_share, counts, exposure = self.log_share(yhat) * (flow.pairing > LEAST_PAIRING), 0.0, 0.0
+        log_share, counts, exposure = self.log_share(yhat) * self.paired, 0.0, 0.0
         paired = ((self.counts[part], self.given_atac[part]) for part in rows.split(4096))
-        alone = ((part, 0.0) for part in self.rna_only.split(4096) if len(part) and flow.pairing > LEAST_PAIRING)
+        alone = ((part, 0.0) for part in self.rna_only.split(4096) if len(part) and self.paired)
         for y, given_atac in (*paired, *alone):
             P = torch.softmax(given_atac + y @ log_share.T, 1)
             counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
         return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
 
     @torch.no_grad()
-    def pairing(self, flow):
-        """Standard errors by which held-out RNA fits the states of its own cell's ATAC better than those of another's.
+    def pairing(self):
+        """Standard errors by which RNA fits the states of its own cell's ATAC better than those of another's, v = 0.
 
             mean over c of sum_j (P_cj - mean P_j) (l_cj - mean l_j),   P from ATAC alone, l_cj = log p(RNA of c | z_j)
+        yhat = 0.8 D + 0.2, as a fit begins: nothing has seen RNA but the genes' means, so that all cells can be asked.
         """
-        states = path(flow.field.eval(), self.readout.landmarks, self.times)
-        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
-        log_p = self.counts[self.out] @ self.log_share(yhat).T
-        P = torch.softmax(self.given_atac[self.out], 1)
+        log_p = self.counts @ self.log_share(0.8 * self.readout(self.readout.landmarks) + 0.2).T
+        P = torch.softmax(self.given_atac, 1)
         return z_score(((P - P.mean(0)) * (log_p - log_p.mean(0))).sum(1))
 
     def e_step(self, flow, damping=1.0, kernel=None):
@@ -753,8 +757,6 @@ class _EM:
                 continue
             if (epoch - warm) % every == 0:
                 offset = self.exposure(flow)
-                if flow.pairing == math.inf:
-                    flow = replace(flow, pairing=self.pairing(flow))
                 if self.peaks is not None and flow.readout is self.readout and epoch > warm:
                     flow = self.e_step(self.weigh(flow))
                 else:
@@ -801,7 +803,7 @@ class _EM:
                         flow.held_out, still, own - foreign,
                         (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene, level,
                         flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history],
-                        flow.readout.own(), flow.peak_weight, flow.peak_sd, flow.pairing)
+                        flow.readout.own(), flow.peak_weight, flow.peak_sd, self.pairing())
 
 
 @torch.no_grad()
@@ -815,7 +817,7 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0):
     em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)
     n = len(em.mean)
     flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, torch.zeros(n),
-                 delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd, pairing=delay.pairing)
+                 delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
     grid = LOG_TAU[::2]
     explain = em.explainer(flow, torch.arange(len(counts)), grid)
 

@@ -230,7 +230,8 @@ def load_anchored():
     rna_only = data["all_counts"][alone][:, fitted].toarray()
     rna_only = rna_only[rna_only.sum(1) > 0]
     if len(alone):
-        print(f"train_delay: {len(rna_only):,} cells without ATAC join the paired ones (RNA_ONLY_CELLS)")
+        print(f"train_delay: {len(rna_only):,} cells without ATAC join the paired ones, if their pairing shows "
+              "(RNA_ONLY_CELLS)")
     return dict(data, fitted=fitted, x=data["z_atac"], access=access.toarray(), rna_only=rna_only,
                 peaks=peaks,
                 y=data["counts"][:, fitted].toarray(), emb=data["gene_emb"][fitted]), saved["members"]

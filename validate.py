@@ -24,6 +24,7 @@ from scipy.stats import shapiro, skew, spearmanr
 import artifacts
 import config
 import inference
+from delay_fit import LEAST_PAIRING
 
 INPUTS = ("effendi.pt", "effendi.h5ad", "gene_tau_estimates.csv", "train_delay_curve.csv")
 LIPSCHITZ_SLACK = 1e-4          # float32 rounding of three spectral norms
@@ -135,8 +136,8 @@ def gate_checks(training):
         return []
     n, least = training["cells"], "> 3 standard errors"
     return [
-        check("1", "gate: RNA fits its own cell's ATAC", found["pairing_z"], least, found["pairing_z"] > 3, n,
-              "held-out RNA"),
+        check("1", "gate: RNA fits its own cell's ATAC", found["pairing_z"], f"> {LEAST_PAIRING:.0f} standard errors",
+              found["pairing_z"] > LEAST_PAIRING, n, "before any fit to RNA"),
         check("1", "gate: moving beats v = 0", found["gain_z"], least, found["gain_z"] > 3, n, "held-out RNA"),
         check("1", "gate: own chromatin beats another's", found["own_z"], least, found["own_z"] > 3, n, "held-out RNA"),
         check("1", "gate: halves of the cells agree", found["split_half"], "Spearman > 0.3",

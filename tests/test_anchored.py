@@ -306,10 +306,10 @@ def test_expression_that_follows_one_peak_at_once_does_not_pass_for_a_delay():
         assert (delay_fit.z_score(found.gain) > 3) == passes
 
 
-@pytest.mark.parametrize("depth", [1, 1000])
-def test_grid_evidence_is_the_probability_of_both_modalities_counts(depth, monkeypatch):
+@pytest.mark.parametrize("depth, basal", [(1, 0.4), (1, 0.1), (1000, 0.4)])
+def test_grid_evidence_is_the_probability_of_both_modalities_counts(depth, basal, monkeypatch):
     """Against the dense normal distribution of a gene's RNA and ATAC at all states, A, B > 0 and residual as noise."""
-    monkeypatch.setattr(delay_fit, "BASAL_SDS", (0.4,))
+    monkeypatch.setattr(delay_fit, "BASAL_SDS", (basal,))
     torch.manual_seed(0)
     rng, g = generator(), 3
     readout = chromatin.GeneReadout(torch.randn(12, 64, generator=rng)).requires_grad_(False)
@@ -328,7 +328,7 @@ def test_grid_evidence_is_the_probability_of_both_modalities_counts(depth, monke
     found = delay_fit.grid_evidence(states, readout, counts, s_r, of_rna, "exp", now, residual, torch.zeros(12), 1.0)
     observed = torch.cat([counts[:, g] / exposure_r[:, g], seen.counts[:, g] / exposure_a[:, g] - D[:, g]]).double()
     noise = torch.cat([now[:, g] / exposure_r[:, g], D[:, g] / exposure_a[:, g]]).double()
-    prior = torch.diag(torch.cat([torch.tensor([0.4**2]), torch.ones(delay_fit.RESIDUAL_AXES)])).double()
+    prior = torch.diag(torch.cat([torch.tensor([basal**2]), torch.ones(delay_fit.RESIDUAL_AXES)])).double()
     exact, of_tau = [], torch.arange(0, 33, 8)
     A = torch.arange(0.001, 2.5, 0.002, dtype=torch.double)[:, None, None]
     for w in delay_fit.kernel_weights(delay_fit.LOG_TAU[of_tau].exp(), delay_fit.TIMES, "exp").double():
@@ -339,14 +339,14 @@ def test_grid_evidence_is_the_probability_of_both_modalities_counts(depth, monke
         centre = torch.cat([A[:, :, 0] * f, torch.zeros(len(A), 30)], 1)
         normal = torch.distributions.MultivariateNormal(centre, X @ prior @ X.mT + torch.diag(noise))
         prior_A = -((A[:, 0, 0] - 0.8) / 0.5) ** 2 / 2
-        with_B = 0.4**2 * torch.linalg.solve(normal.covariance_matrix, X[:, :, 0])             # its covariance
-        sd_B = (0.4**2 * (1 - (with_B * X[:, :, 0]).sum(1))).sqrt()
+        with_B = basal**2 * torch.linalg.solve(normal.covariance_matrix, X[:, :, 0])             # its covariance
+        sd_B = (basal**2 * (1 - (with_B * X[:, :, 0]).sum(1))).sqrt()
         positive = torch.special.log_ndtr((with_B * (observed - centre)).sum(1) / sd_B)
         exact.append(torch.logsumexp(normal.log_prob(observed) + prior_A + positive, 0))
     exact = torch.stack(exact)
     assert np.ptp(exact.numpy()) > 0.5
     gap, far = found[g, of_tau] - exact, exact.max() - exact                    # gap up to a constant
-    assert ((gap - gap[far.argmin()]).abs() < 2e-3 * max(1, depth / 50) + 3e-4 * far).all()     # exposures are float32
+    assert ((gap - gap[far.argmin()]).abs() < 5e-3 * max(1, depth / 100) + 3e-4 * far).all()    # exposures are float32
 
 
 @pytest.mark.parametrize("sd", [0.3, 0.05, 0.003, 0.0003])
@@ -364,14 +364,19 @@ def test_amplitude_integrals_hold_for_wide_and_narrow_peaks_inside_and_beyond_th
 
 
 def test_the_mixture_finds_the_shares_of_its_models():
-    """Genes of two kinds, each with evidence of its own for one of three models."""
-    rng = generator()
-    each = torch.randn(3, 400, len(delay_fit.LOG_TAU), generator=rng, dtype=torch.double)
-    kind = (torch.arange(400) < 300).long()                 # model 1 for three quarters, model 0 for the rest
-    each[kind, torch.arange(400)] += 8
-    found = delay_fit.learned_mixture(each, torch.zeros(400), 1.0)
-    share = torch.tensor([0.25, 0.75, 1e-9]).double().log()[:, None, None]
-    torch.testing.assert_close(found, torch.logsumexp(each + share, 0), atol=0.2, rtol=0)   # of 400 genes
+    """Two models, each gene's evidence for them about a nat apart: against the best of all shares, tried one by one."""
+    rng, prior_mean = generator(), torch.linspace(-1, 1, 400)
+    each = torch.randn(2, 400, len(delay_fit.LOG_TAU), generator=rng, dtype=torch.double)
+    slope = torch.tensor([0.3, -0.3])[:, None, None]        # so that the prior of log tau matters
+    each = each + torch.randn(2, 400, 1, generator=rng) + slope * delay_fit.LOG_TAU
+    found = delay_fit.learned_mixture(each, prior_mean, 0.5)
+    log_prior = torch.log_softmax(-2 * (delay_fit.LOG_TAU - prior_mean[:, None]).square().double(), 1)
+    share = torch.arange(0.002, 1, 0.002, dtype=torch.double)
+    of_gene = torch.logsumexp(each + log_prior, 2)[..., None] + torch.stack([share, 1 - share]).log()[:, None]
+    best = share[torch.logsumexp(of_gene, 0).sum(0).argmax()]
+    assert 0.05 < best < 0.95
+    expected = torch.logsumexp(each + torch.stack([best, 1 - best]).log()[:, None, None], 0)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)              # steps of 0.002 in a share
 
 
 def test_the_residual_of_accessibility_has_the_spread_and_the_smoothness_it_says(monkeypatch):
@@ -383,15 +388,17 @@ def test_the_residual_of_accessibility_has_the_spread_and_the_smoothness_it_says
     np.testing.assert_allclose(basis @ basis.T, 0.2**2 * torch.exp(-distance.square() / 2), atol=1e-6)
 
 
-def test_delays_gain_where_chromatin_is_thin(monkeypatch):
-    """A sixth of the ATAC counts: Spearman with the residual and with next to none, + 0.09, 0.06, 0.01, 0.07."""
+def test_delays_of_the_evidence_beat_those_of_the_likelihood_where_chromatin_is_thin(monkeypatch):
+    """A sixth of the ATAC counts. Spearman: GAINS."""
+    def likelihood(states, readout, counts, exposure, mean, kernel, now, residual, prior, prior_sd, times):
+        return delay_fit.grid_likelihood(states, readout, counts, exposure, mean, kernel, times=times)[0]
     gain = []
     for seed in range(4):
         x, access, counts, emb, log_tau = population(seed=seed)
         access = np.random.default_rng(seed).binomial(access.astype(int), 1 / 6).astype(np.float32)
         anchor, recovered = chromatin.fit_anchor(x, access, emb, generator()), []
-        for sd in (delay_fit.RESIDUAL_SD, 1e-3):
-            monkeypatch.setattr(delay_fit, "RESIDUAL_SD", sd)
+        for evidence in (delay_fit.grid_evidence, likelihood):
+            monkeypatch.setattr(delay_fit, "grid_evidence", evidence)
             found = delay_fit.fit_delay(anchor, access, counts, generator(), "exp")
             recovered.append(anchored.spearman(found.log_tau, torch.tensor(log_tau)))
         monkeypatch.undo()
@@ -522,12 +529,22 @@ def test_rna_of_other_cells_takes_no_part_in_placing_cells(data, result):
     em = delay_fit._EM.of(result.anchors[0], data[1], data[2], generator())
     flow, rows = em.begin("exp"), torch.arange(50)
     by_atac = torch.softmax(em.given_atac[rows], 1).T @ em.counts[rows]
-    for pairing, alone in ((0.0, True), (20.0, False), (math.nan, True)):       # nan: no held-out cells
-        counts = em.at_landmarks(replace(flow, pairing=pairing), rows)[1]
-        assert torch.allclose(counts, by_atac, atol=1e-4) == alone
-    em = replace(em, rna_only=em.counts[:9])    # what has no ATAC has no place then
-    counts = em.at_landmarks(replace(flow, pairing=0.0), rows)[1]
-    torch.testing.assert_close(counts, by_atac, atol=1e-4, rtol=0)
+    assert em.paired and not torch.allclose(em.at_landmarks(flow, rows)[1], by_atac, atol=1e-2)
+    wrong = torch.tensor(data[2])[torch.randperm(len(data[2]), generator=generator(3))]
+    em = delay_fit._EM.of(result.anchors[0], data[1], wrong, generator(), rna_only=wrong[:9])
+    assert not em.paired                                    # and what has no ATAC has no place then
+    by_atac = torch.softmax(em.given_atac[rows], 1).T @ em.counts[rows]
+    torch.testing.assert_close(em.at_landmarks(flow, rows)[1], by_atac, atol=1e-4, rtol=0)
+
+
+def test_few_pairs_are_known_for_pairs_and_few_strangers_are_not(data):
+    """50 cells, the least that Effendi takes: z 8 to 11 for pairs, sd 1.2 for strangers."""
+    for seed in range(3):
+        rows = torch.randperm(len(data[0]), generator=generator(seed))[:50]
+        x, access, counts = (torch.tensor(data[k])[rows] for k in range(3))
+        anchor = chromatin.fit_anchor(x, access, data[3], generator(), steps=200)
+        assert delay_fit._EM.of(anchor, access, counts, generator()).pairing() > 6
+        assert abs(delay_fit._EM.of(anchor, access, counts.roll(17, 0), generator()).pairing()) < 4
 
 
 def test_a_flat_gene_and_a_rare_gene_are_not_identifiable(data, result):
