@@ -217,7 +217,7 @@ def test_the_evidence_of_peaks_is_that_of_their_joint_normal():
     prior = delay_fit.PEAK_SD**2 * torch.eye(3, dtype=torch.float64) + 0.5**2        # of A + d_p; A is common
     exact = []
     for f in F:
-        covariance = f @ prior @ f.T + 10.0**2 + torch.diag(1 / w[:, 0])
+        covariance = f @ prior @ f.T + delay_fit.OFFSET_SD**2 + torch.diag(1 / w[:, 0])
         normal = torch.distributions.MultivariateNormal(0.8 * f.sum(1), covariance)
         exact.append(normal.log_prob(wy[:, 0] / w[:, 0]))
     exact = torch.stack(exact)
