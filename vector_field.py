@@ -152,15 +152,14 @@ class EffendiVectorField(nn.Module):
         return later[..., :1] * z0[:, None, :] + dt * moved
 
     @torch.no_grad()
-    def settle(self, n_iterations=1000):
-        """Let the power iteration converge, so that the saved norms are exact to round-off."""
-        was_training = self.training
-        self.train()
+    def settle(self):
+        """Singular vectors by SVD instead of the power iteration, so that the saved norms are exact to round-off."""
         for layer in self.net:
             if isinstance(layer, nn.Linear):
-                for _ in range(n_iterations):
-                    _ = layer.weight                        # each access in training mode is one iteration
-        self.train(was_training)
+                weight = layer.parametrizations.weight
+                left, _, right = torch.linalg.svd(weight.original.cpu().double(), full_matrices=False)
+                weight[0]._u.copy_(left[:, 0])
+                weight[0]._v.copy_(right[0])
 
     @torch.no_grad()
     def lipschitz_bound(self):
