@@ -61,14 +61,19 @@ class Result:
     delays: list
 
 
-def fit(x, access, counts, gene_emb, rng, kernel=None, members=2, steps=800, epochs=20, processes=1, rna_only=None,
+def usual_members(n_cells):
+    """How many fits are averaged. Few paired cells gain from more, and have the time for it (LOG.md)."""
+    return 2 if n_cells >= 2000 else 4
+
+
+def fit(x, access, counts, gene_emb, rng, kernel=None, members=None, steps=800, epochs=20, processes=1, rna_only=None,
         peaks=None):
     """Both stages, `members` times from different weights, held-out cells and batches; delays are averaged.
 
-    processes: how many members are fitted at a time, one thread each. The result does not depend on it.
-    rna_only (M, G): counts of further cells, of which there is no ATAC; peaks: Peaks.
+    members: None = usual_members; processes: how many of them are fitted at a time, one thread each. The result does
+    not depend on it. rna_only (M, G): counts of further cells, of which there is no ATAC; peaks: Peaks.
     """
-    data = as_data(x, access, counts, gene_emb, rna_only, peaks)
+    data, members = as_data(x, access, counts, gene_emb, rna_only, peaks), members or usual_members(len(x))
     seeds = torch.randint(2**62, (members, 2), generator=rng).tolist()
     with Pool(data, min(processes, members)) as pool:
         jobs = [pool.start(_fit_anchor, seed, steps) for seed, _ in seeds]
@@ -204,7 +209,7 @@ def gate(result, halves, least_z=3.0, least_agreement=0.3):
     return Gate(not reasons, reasons, result.pairing, gain_z, own_z, halves.spearman)
 
 
-def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.12, prior_sd=1.0):
+def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.14, prior_sd=1.0):
     """Central intervals (low, high) of log tau: normal, variance = sd^2 + max(0, r - n) + model_sd^2.
 
         r   variance of refits on resampled cells (R, G)

@@ -130,7 +130,8 @@ HELD_OUT: float = 0.1                   # share of cells held out of the gradien
 # "specification" = the losses and readout as specified, under which it is not
 OBJECTIVE: str = "anchored"
 KERNEL: str | None = None               # exp, shift or gamma; None = exp or shift, as held-out cells prefer
-MEMBERS: int = 2                        # fits from different weights and held-out cells, averaged
+MEMBERS: int | None = None              # fits from different weights and held-out cells, averaged; None = 2, or 4
+                                        # below 2,000 paired cells
 ANCHOR_STEPS: int = 800                 # Stage 1: at most so many steps; held-out cells choose
 ANCHOR_CELLS: int = 50_000              # Stage 1 sees at most so many ATAC cells, seeded choice
 RNA_ONLY_CELLS: int = 20_000            # Stage 2.1: cells without ATAC that join the E-steps, at most; 0 = none

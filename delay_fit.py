@@ -51,7 +51,7 @@ TRIAL = (6, 2, 2, 5e-3)                                     # of another kernel:
 LOG_TAU = torch.linspace(math.log(0.06), math.log(8.0), 33)
 SHAPES = {"exp": 1.0, "gamma": 3.0}                         # of the gamma-distributed delay; "shift" has none
 PEAK_SD = 0.7                                               # prior spread of what a peak counts for, 1 = as all others
-RESIDUAL_SD = 0.2                                           # of what D may miss of a gene's accessibility, mean about 1
+RESIDUAL_SD = 0.3                                           # of what D may miss of a gene's accessibility, mean about 1
 RESIDUAL_BANDWIDTH = 2 * BANDWIDTH                          # over which that stays alike, latent units
 RESIDUAL_AXES = 16                                          # leading ones; 24 measured the same
 AMPLITUDE = (0.8, 0.5)                                      # prior of A: mean, sd
@@ -106,7 +106,7 @@ def bounded_least_squares(ff, f1, fr, n, r, low=0.05):
 
 @torch.no_grad()
 def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, block=16, times=TIMES,
-                    chromatin=None):
+                    chromatin=None, grid=LOG_TAU):
     """Log-likelihood of every gene on a grid of log tau, A and B fitted at each point.
 
         yhat = A sum_s W_s(tau) D(z_s, g) + B      A, B by least squares weighted with 1 / variance
@@ -115,7 +115,7 @@ def grid_likelihood(states, readout, counts, offset, mean, kernel, now=None, blo
 
     Shapes  states (T+1, N, 8), counts (N, G), offset (N,), mean (G,) -> L, A, B (G, U)
     """
-    weights = kernel_weights(LOG_TAU.exp(), times, kernel).to(states)           # (U, T+1)
+    weights = kernel_weights(grid.exp(), times, kernel).to(states)              # (U, T+1)
     hidden = readout.hidden(states)
     like, a, b = [], [], []
     for start in range(0, counts.shape[1], block):
@@ -178,7 +178,8 @@ def products(x):
 
 
 @torch.no_grad()
-def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, prior_mean, prior_sd, times=TIMES):
+def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, prior_mean, prior_sd, times=TIMES,
+                  fineness=(101, 4)):
     """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U), less its largest.
 
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
@@ -194,7 +195,8 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     a negative one; how large B is in these data, all genes say together.
 
     Shapes  states (T+1, J, 8) of the landmarks at `times`, readout D', counts (J, G), exposure (J,), mean (G,),
-            now (J, G) yhat, for the variance, residual: Residual, prior_mean (G,) of log tau
+            now (J, G) yhat, for the variance, residual: Residual, prior_mean (G,) of log tau, fineness: points and
+            zooms of amplitude_integrals
     Ref     Stephens 2017, False discovery rates: a new deal (a scale mixture whose shares the data choose)
     """
     W = kernel_weights(LOG_TAU.exp(), times, kernel).double()
@@ -220,7 +222,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
         each.append(amplitude_integrals(partial(
             given_amplitude, m=m[:, None], s=s[:, None], q=q, value=value.clamp_min(0)[..., None], n=n[:, None],
             y_mean=(y / n)[:, None], f_mean=f_mean[:, None], r_mean=axis.mT @ whiten((wr / n[:, None])[..., None])),
-            len(mean)))
+            len(mean), *fineness))
     evidence = learned_mixture(torch.stack(each, 2), prior_mean, prior_sd)
     return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
 
@@ -239,7 +241,7 @@ def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
                         1 / n + A.square() * (r_mean.square() / scale).sum(1)])
 
 
-def amplitude_integrals(given, n, largest=2.5, points=101, zooms=4):
+def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5):
     """log int p(data, A, B) dA dB over 0 < A < largest, B > 0, for every scale of B's prior and n genes: (K, n).
 
     given: of A (n, k), as given_amplitude (3, n, k).
@@ -455,19 +457,20 @@ def still_cells(z, readout, counts, depth, offset, mean, train, out):
     """
     own = torch.ones(len(mean), 1)
     for _ in range(2):
-        _, a, b = grid_likelihood(z[None, train], readout, counts[train], offset[train], mean, "exp", times=(0.0,))
-        a, b = a[:, 0], b[:, 0]
+        _, a, b = still_genes(z[train], readout, counts[train], offset[train], mean)
         offset = exposures(z[None], readout, own, a, b, depth, mean)
     return cell_likelihood(predict(z[None, out], readout, own, a, b), counts[out], depth[out], mean)
 
 
 def still_genes(z, readout, counts, offset, mean, genes=None):
-    """v = 0: log-likelihood of every gene over the cells (G,).
+    """v = 0: log-likelihood of every gene over the cells, its A and B, (G,) each.
 
     genes (G,): whose readout each is given (None = its own).
     offset (N,): depth over cell_size, the same for all that is compared.
     """
-    return grid_likelihood(z[None], readout, counts, offset, mean, "exp", times=(0.0,), chromatin=genes)[0][:, 0]
+    found = grid_likelihood(z[None], readout, counts, offset, mean, "exp", times=(0.0,), chromatin=genes,
+                            grid=LOG_TAU[:1])               # every tau says the same
+    return [part[:, 0] for part in found]
 
 
 # --- expectation-maximisation ------------------------------------------------------------------------------------
@@ -771,8 +774,25 @@ class _EM:
         best.field.eval().requires_grad_(False)
         return replace(best, history=history)
 
+    @torch.no_grad()
+    def last_e_step(self, flow):
+        """The flow with log tau, A and B that grid_evidence finds on all cells, and the sd of log tau (G,).
+
+        Twice, since the delays found first, which need not be exact, tell better which states the cells are in.
+        """
+        cells, residual = torch.arange(len(self.z)), Residual(self.readout, self.seen)
+        for fineness in ((26, 2), (101, 4)):
+            states, counts, exposure = self.at_landmarks(flow, cells)
+            _, a, b = self.likelihood(flow, states, counts, exposure)
+            now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
+            evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel, now, residual,
+                                     flow.prior, self.prior_sd, self.times, fineness)
+            share, centre, sd = posterior(evidence, flow.prior, self.prior_sd)
+            flow = replace(flow, log_tau=centre, A=(share * a).sum(1), B=(share * b).sum(1))
+        return flow, sd
+
     def describe(self, flow, rng):
-        """The DelayFit: a last E-step on all cells, and what v = 0 and other genes' chromatin explain.
+        """The DelayFit: the last E-step, and what v = 0 and other genes' chromatin explain.
 
         The delays come from grid_evidence. A and B go with D' as it is, since that is what predicts.
         v = 0 is given the better of the weights of peaks that the moving fit chose and of its own. A gene's own
@@ -780,12 +800,7 @@ class _EM:
         """
         offset = self.exposure(flow)
         weights = self.weights(flow)
-        states, counts, exposure = self.at_landmarks(flow, torch.arange(len(self.z)))
-        _, a, b = self.likelihood(flow, states, counts, exposure)
-        evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel,
-                                 predict(states, flow.readout, weights, flow.A, flow.B),
-                                 Residual(self.readout, self.seen), flow.prior, self.prior_sd, self.times)
-        share, centre, sd = posterior(evidence, flow.prior, self.prior_sd)
+        last, sd = self.last_e_step(flow)
         moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
                                  flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
         readouts = [flow.readout]
@@ -793,17 +808,17 @@ class _EM:
             readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=self.readout))).readout)
         still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
                      for readout in readouts), key=torch.sum)
-        still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)
+        still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)[0]
                                   for readout in readouts]).amax(0)
         another = torch.randperm(len(self.mean), generator=rng)
-        own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)
+        own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)[0]
                         for genes in (None, another))
-        level = gauge(centre, sd, self.prior_sd).item()
-        return DelayFit(flow.field, flow.kernel, centre - level, sd, (share * a).sum(1), (share * b).sum(1),
-                        flow.held_out, still, own - foreign,
-                        (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene, level,
-                        flow.epoch, [(e, total - still.mean().item()) for e, total in flow.history],
-                        flow.readout.own(), flow.peak_weight, flow.peak_sd, self.pairing())
+        gene_gain = (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene
+        level = gauge(last.log_tau, sd, self.prior_sd).item()
+        return DelayFit(flow.field, flow.kernel, last.log_tau - level, sd, last.A, last.B, flow.held_out, still,
+                        own - foreign, gene_gain, level, flow.epoch,
+                        [(e, total - still.mean().item()) for e, total in flow.history], flow.readout.own(),
+                        flow.peak_weight, flow.peak_sd, self.pairing())
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import simulate
 import train_delay
 import train_vf
 import validate
+import workers
 
 ARGUMENTS = {
     "--rna": dict(dest="RNA_FILE", metavar="H5AD", help="cells x genes, raw counts"),
@@ -95,6 +96,8 @@ def lock_folder():
 def train():
     """Stages 0 to 2 on the files that the settings name; finished stages are left as they are."""
     precompute_embeddings.check_inputs()
+    if config.OBJECTIVE == "anchored" and not os.path.exists(artifacts.path("gene_tau_estimates.csv")):
+        workers.get_ready(config.processes(2))              # beside Stage 0
     precompute_embeddings.rna()
     precompute_embeddings.atac()
     precompute_embeddings.genes()

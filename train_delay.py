@@ -32,7 +32,7 @@ import delay_fit
 import effendi_loader
 import inference
 from effendi import AnchoredEffendi, Effendi, delay_losses
-from workers import Pool
+from workers import Pool, get_ready
 
 INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "effendi_rna_emb.npy", "effendi_rna_obs.csv",
           "gene_expression.npz", "genes.csv", "gene_embeddings.npy", "align_mlp.pt", "vector_field_frozen.pt")
@@ -361,6 +361,7 @@ def run_anchored():
         raise ValueError(f"BOOTSTRAP={config.BOOTSTRAP}: a spread needs at least 2 refits.\n"
                          "  Use 20 or more for intervals, or 0 for the posterior alone.")
     start = time.time()
+    get_ready(config.processes(2))
     data, members = load_anchored()
     device = config.pick_device()
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))

@@ -32,7 +32,7 @@ from align_mlp import AlignMLP
 from effendi import reverse_loss
 from slice_w2 import random_directions, sliced_w2_sq
 from vector_field import EffendiVectorField
-from workers import Pool
+from workers import Pool, get_ready
 
 INPUTS = ("effendi_atac_emb.npy", "effendi_rna_emb.npy")
 OUTPUTS = ("align_mlp.pt", "vector_field_frozen.pt", "train_vf_curve.csv")
@@ -172,17 +172,20 @@ def run_anchored():
     if artifacts.is_done(key, *OUTPUTS):
         return print("train_vf: up to date")
     start = time.time()
+    get_ready(config.processes(2))
     x, access, gene_emb, genes, peaks = load_accessibility()
     saved = artifacts.load_checkpoint(RESUME, key) or {}
-    left = [m for m in range(config.MEMBERS) if m not in saved]
+    paired = (artifacts.load_table("effendi_atac_obs.csv")["source"] == "paired").sum()
+    members = range(config.MEMBERS or anchored.usual_members(paired))
+    left = [m for m in members if m not in saved]
     shared = dict(x=x, access=access, gene_emb=gene_emb, peaks=peaks, steps=config.ANCHOR_STEPS, seed=config.SEED)
-    bar = tqdm(total=config.MEMBERS, initial=len(saved), unit="fit", desc="members", leave=False, disable=None)
+    bar = tqdm(total=len(members), initial=len(saved), unit="fit", desc="members", leave=False, disable=None)
     with bar, Pool(shared, config.processes(len(left))) as pool:
         for member, found in pool.each(fit_member, left):
             saved[member] = found
             artifacts.save_checkpoint(RESUME, key, saved)
             bar.update()
-    done = [saved[m] for m in range(config.MEMBERS)]
+    done = [saved[m] for m in members]
     for m, found in enumerate(done):
         print(f"train_vf: member {m + 1}: held-out accessibility {found['history'][0][1]:.4f} -> {found['nll']:.4f} "
               f"nats an entry, best after {found['steps']} steps")

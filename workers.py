@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -25,6 +26,7 @@ import torch
 class Pool:
     def __init__(self, shared, processes=1):
         self.shared, self.processes, self.executor = shared, processes, None
+        get_ready(processes)
         if processes > 1:
             # Pickled here and below: left to multiprocessing, tensors would travel through /dev/shm, which is small
             # in containers. In a list, from which a process takes it: the executor would keep it beside the data.
@@ -68,6 +70,14 @@ class Pool:
             ended = (sent[future] for future in concurrent.futures.as_completed(sent))
         for job in ended:
             yield jobs[job], job.result()
+
+
+def get_ready(processes):
+    """Start what processes come from. Called before the data are read, its imports, some seconds, go on beside that."""
+    if processes > 1 and _context().get_start_method() == "forkserver":
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # inherited: an interrupt is for the parent
+        multiprocessing.forkserver.ensure_running()
+        signal.signal(signal.SIGINT, before)
 
 
 def _context():

@@ -165,7 +165,7 @@ def own_gain(data, rng):
     for anchor in data["stage1"]:
 
         def likelihood(genes, anchor=anchor):
-            return delay_fit.still_genes(anchor.z, anchor.readout, counts, depth, mean, genes).numpy()
+            return delay_fit.still_genes(anchor.z, anchor.readout, counts, depth, mean, genes)[0].numpy()
 
         own = likelihood(torch.arange(counts.shape[1]))
         for _ in range(OTHERS):
