@@ -1,5 +1,6 @@
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 import validate
@@ -55,6 +56,14 @@ def test_perfect_delays_recover_the_truth_whatever_their_scale_and_shuffled_ones
     found = rows["recovery of planted delays"]
     assert found["value"] > 0.999 and found["n"] == 40 and abs(found["control"]["shuffled_genes"]) < 0.5
     assert rows["90 % intervals cover"]["value"] == 1 and rows["90 % intervals cover"]["verdict"] == "fail"
+
+
+def test_a_gate_without_the_test_of_pairing_is_an_earlier_version_s():
+    tests = dict(gate_open=True, gain_z=9.0, own_z=9.0, split_half=0.8)
+    found = [row["verdict"] for row in validate.gate_checks(dict(metrics={**tests, "pairing_z": 2.0}, cells=3))]
+    assert found == ["fail", "pass", "pass", "pass"]
+    with pytest.raises(ValueError, match="train_delay.py"):
+        validate.gate_checks(dict(metrics=tests, cells=3))
 
 
 def test_a_truth_of_other_genes_is_not_run_rather_than_passed():
