@@ -135,8 +135,8 @@ def gate_checks(training):
     if "gate_open" not in found:
         return []
     if "pairing_z" not in found:
-        raise ValueError(f"{artifacts.path('gene_tau_estimates.csv')} was made by an earlier version, without one of the "
-                         "tests of the gate.\n  Make it again: python train_delay.py")
+        raise ValueError(f"{artifacts.path('gene_tau_estimates.csv')} was made by an earlier version, without one of "
+                         "the gate's tests.\n  Make it again: python train_delay.py")
     n, least = training["cells"], "> 3 standard errors"
     return [
         check("1", "gate: RNA fits its own cell's ATAC", found["pairing_z"], f"> {LEAST_PAIRING:.0f} standard errors",
