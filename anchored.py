@@ -73,7 +73,8 @@ def fit(x, access, counts, gene_emb, rng, kernel=None, members=None, steps=800, 
     members: None = usual_members; processes: how many of them are fitted at a time, one thread each. The result does
     not depend on it. rna_only (M, G): counts of further cells, of which there is no ATAC; peaks: Peaks.
     """
-    data, members = as_data(x, access, counts, gene_emb, rna_only, peaks), members or usual_members(len(x))
+    data = as_data(x, access, counts, gene_emb, rna_only, peaks)
+    members = members or usual_members(len(x))
     seeds = torch.randint(2**62, (members, 2), generator=rng).tolist()
     with Pool(data, min(processes, members)) as pool:
         jobs = [pool.start(_fit_anchor, seed, steps) for seed, _ in seeds]
@@ -115,11 +116,16 @@ def side_by_side(start, members, kernel):
         yield job.result()
 
 
+def variance_of_mean(values):
+    """Of independent rows (M, ...), from how they differ: (...); 0 for a single one, which does not tell."""
+    return values.var(0) / len(values) if len(values) > 1 else torch.zeros_like(values[0])
+
+
 def combine(anchors, delays):
     """The members' Result: mean delays, and the spread of the mean."""
     log_taus = torch.stack([d.log_tau for d in delays])
     within = torch.stack([d.sd.square() for d in delays]).mean(0)
-    return Result(log_taus.mean(0), (within + log_taus.var(0, correction=0)).sqrt(), delays[0].kernel,
+    return Result(log_taus.mean(0), (within + variance_of_mean(log_taus)).sqrt(), delays[0].kernel,
                   torch.cat([d.held_out - d.still for d in delays]), torch.stack([d.own for d in delays]).mean(0),
                   torch.stack([d.gene_gain for d in delays]).mean(0), sum(d.pairing for d in delays) / len(delays),
                   anchors, delays)

@@ -584,7 +584,7 @@ class _EM:
         M   v follows the gradient; cells start from z_c, which ATAC alone gives
         E   P[c, j] ~ p(access[c] | z_j) prod_g share_jg^counts[c, g]               z_j the readout's landmarks
             share_jg = mu_g yhat(z_j, g) / sum of it;  then L_g(log tau) from the sums of P counts and P depth per state
-            The last one, on all cells, believes D' only as far as ATAC's counts support it (grid_evidence).
+            The last one (last_e_step) believes D' only as far as ATAC's counts support it (grid_evidence).
     The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
     has a flat first factor. Nothing of this is needed or used to predict. A factor that is broader than what ATAC says,
     such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too. So would
@@ -781,7 +781,7 @@ class _EM:
         Twice, since the delays found first, which need not be exact, tell better which states the cells are in.
         """
         cells, residual = torch.arange(len(self.z)), Residual(self.readout, self.seen)
-        for fineness in ((26, 2), (101, 4)):
+        for fineness in ((26, 5), (101, 4)):
             states, counts, exposure = self.at_landmarks(flow, cells)
             _, a, b = self.likelihood(flow, states, counts, exposure)
             now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)

@@ -339,7 +339,7 @@ def peak_weights_table(delays, genes):
     if config.PEAKS_PER_GENE == 0:
         return table.assign(weight=1.0, sd=0.0)
     weight, sd = (torch.stack([getattr(d, name) for d in delays]) for name in ("peak_weight", "peak_sd"))
-    spread = (sd.square().mean(0) + weight.var(0, correction=0)).sqrt()
+    spread = (sd.square().mean(0) + anchored.variance_of_mean(weight)).sqrt()
     return table.assign(weight=weight.mean(0).numpy(), sd=spread.numpy()).round({"weight": 4, "sd": 4})
 
 

@@ -28,6 +28,7 @@ import anchored
 import artifacts
 import chromatin
 import config
+import effendi_loader
 from align_mlp import AlignMLP
 from effendi import reverse_loss
 from slice_w2 import random_directions, sliced_w2_sq
@@ -39,8 +40,8 @@ OUTPUTS = ("align_mlp.pt", "vector_field_frozen.pt", "train_vf_curve.csv")
 SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "N_PROJ_W2", "VF_EPOCHS", "VF_LR", "BATCH_SIZE",
             "W_REVERSE", "EXPLODE_NORM", "N_STEPS_BAR", "HELD_OUT")
 RESUME = "train_vf.resume.pt"
-ANCHORED_INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "gene_accessibility.npz", "gene_peaks.npz",
-                   "gene_peaks.csv", "genes.csv", "gene_embeddings.npy")
+ANCHORED_INPUTS = ("effendi_atac_emb.npy", "effendi_atac_obs.csv", "effendi_rna_obs.csv", "gene_accessibility.npz",
+                   "gene_peaks.npz", "gene_peaks.csv", "genes.csv", "gene_embeddings.npy")
 ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "MEMBERS", "ANCHOR_STEPS", "ANCHOR_CELLS", "MIN_ACCESS",
                      "PEAKS_PER_GENE")
 EVAL_CELLS = 1000           # cells of each held-out cloud in a reported SW2; sorting them is quick
@@ -175,8 +176,10 @@ def run_anchored():
     get_ready(config.processes(2))
     x, access, gene_emb, genes, peaks = load_accessibility()
     saved = artifacts.load_checkpoint(RESUME, key) or {}
-    paired = (artifacts.load_table("effendi_atac_obs.csv")["source"] == "paired").sum()
-    members = range(config.MEMBERS or anchored.usual_members(paired))
+    if config.MEMBERS is not None and config.MEMBERS < 1:
+        raise ValueError(f"MEMBERS={config.MEMBERS}: at least one fit is needed.\n  Leave it at None.")
+    paired = effendi_loader.pair(*map(artifacts.load_table, ("effendi_rna_obs.csv", "effendi_atac_obs.csv")))[0]
+    members = range(config.MEMBERS or anchored.usual_members(len(paired)))
     left = [m for m in members if m not in saved]
     shared = dict(x=x, access=access, gene_emb=gene_emb, peaks=peaks, steps=config.ANCHOR_STEPS, seed=config.SEED)
     bar = tqdm(total=len(members), initial=len(saved), unit="fit", desc="members", leave=False, disable=None)

@@ -73,10 +73,25 @@ class Pool:
 
 
 def get_ready(processes):
-    """Start what processes come from. Called before the data are read, its imports, some seconds, go on beside that."""
+    """Start the server that processes are forked from. Before the data are read: its imports take some seconds.
+
+    It must not hear interrupts, which are for this process, and minds them only after its imports.
+    """
     if processes > 1 and _context().get_start_method() == "forkserver":
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # inherited: an interrupt is for the parent
-        multiprocessing.forkserver.ensure_running()
+        with _deaf():
+            multiprocessing.forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _deaf():
+    """SIGINT ignored, which processes started now inherit. Only the main thread may do that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGINT, before)
 
 

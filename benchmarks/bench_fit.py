@@ -1,4 +1,4 @@
-"""Seconds of a fit (two members, kernel chosen) and of bootstrap refits, members and refits over processes.
+"""Seconds of a fit (its usual members, kernel chosen) and of bootstrap refits, members and refits over processes.
 
 Shallow counts, first-order lags, 3 lineages. Run it on an otherwise idle machine. What processes come from is started
 beforehand, as run.py does while it reads the data, and its seconds are given apart.

@@ -3,12 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import workers
 from workers import Pool
 
 
@@ -44,6 +46,29 @@ def test_results_come_back_with_their_tasks_and_threads_stay_as_they_were(pool):
     assert {task: found.item() for task, found in pool.each(power, [1, 2, 3])} == {1: 3, 2: 9, 3: 27}
     assert pool.start(power, 4).result() == 81
     assert torch.get_num_threads() == before
+
+
+def test_a_pool_can_be_made_beside_the_main_thread():
+    """Only the main thread may say what becomes of interrupts."""
+    found = []
+
+    def work():
+        with Pool({"base": torch.tensor(3.0)}, 2) as pool:
+            found.append(pool.start(power, 2).result().item())
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [9]
+
+
+def test_processes_start_deaf_to_interrupts_which_this_one_hears_again():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), workers._deaf():
+        deaf = subprocess.run([sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT).name)"],
+                              capture_output=True, text=True).stdout
+        raise RuntimeError
+    assert deaf.strip() == "SIG_IGN"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_error_keeps_its_kind_and_its_words(pool):
