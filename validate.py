@@ -171,8 +171,9 @@ def truth_checks(table, truth, untrained_tau):
         level = (np.log(both["tau"]) - np.log(both["tau_true"])).mean()
         scaled = both["tau_true"] * np.exp(level)
         inside = ((both["tau_low"] <= scaled) & (scaled <= both["tau_high"])).mean()
-        rows.append(check("truth", "90 % intervals cover", inside, "0.85 - 0.95", bool(0.85 <= inside <= 0.95),
-                          len(both)))
+        luck = 2 * np.sqrt(0.9 * 0.1 / len(both))               # two standard errors of a share of so many genes
+        rows.append(check("truth", "90 % intervals cover", inside, f"0.85 - 0.95 (+-{luck:.2f} by luck)",
+                          bool(0.85 - luck <= inside <= 0.95 + luck), len(both)))
     return rows
 
 

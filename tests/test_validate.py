@@ -49,13 +49,23 @@ def truth(n=50):
 
 
 def test_perfect_delays_recover_the_truth_whatever_their_scale_and_shuffled_ones_do_not():
-    planted, genes = truth()
+    planted, genes = truth(410)
     table = pd.DataFrame(dict(tau=7 * planted["tau"], tau_low=6 * planted["tau"], tau_high=8 * planted["tau"],
                               identifiable=True), index=genes)
     rows = {row["check"]: row for row in validate.truth_checks(table, planted, None)}
     found = rows["recovery of planted delays"]
-    assert found["value"] > 0.999 and found["n"] == 40 and abs(found["control"]["shuffled_genes"]) < 0.5
+    assert found["value"] > 0.999 and found["n"] == 400 and abs(found["control"]["shuffled_genes"]) < 0.2
     assert rows["90 % intervals cover"]["value"] == 1 and rows["90 % intervals cover"]["verdict"] == "fail"
+
+
+def test_coverage_beyond_the_band_fails_only_where_it_is_more_than_the_luck_of_the_genes():
+    for genes_in_all, verdict in ((410, "pass"), (4010, "fail")):
+        planted, genes = truth(genes_in_all)
+        missed = np.arange(genes_in_all) % 25 == 0              # 4 % missed: the intervals cover 0.96
+        low = planted["tau"] * np.where(missed, 1.05, 0.8)
+        table = pd.DataFrame(dict(tau=planted["tau"], tau_low=low, tau_high=1.2 * planted["tau"], identifiable=True),
+                             index=genes)
+        assert validate.truth_checks(table, planted, None)[-1]["verdict"] == verdict
 
 
 def test_a_gate_without_the_test_of_pairing_is_an_earlier_version_s():
