@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import known_truth  # noqa: E402
+import second_population  # noqa: E402
 
 import simulate  # noqa: E402
 
@@ -68,6 +69,24 @@ def test_the_fit_that_is_told_the_true_time_recovers_the_delays(small):
     scores = known_truth.score(small, found)
     assert scores["spearman"] > 0.8                         # 0.88 to 0.96 over seeds 0 to 4
     assert 0.4 < scores["coverage"] <= 1
+
+
+def test_the_second_generator_has_the_asked_depth_the_same_genes_in_every_condition_and_delays_that_can_be_found():
+    shallow, deep = (second_population.population(depth, kernel, seed=5, cells=1500, genes=100)
+                     for depth, kernel in (("shallow", "exp"), ("6000", "shift")))
+    assert shallow.rna.X.sum(1).mean() == pytest.approx(1.5 * 170 / 4, rel=0.03)    # 170 at 400 genes; luck 0.5 %
+    assert 0.8 * 1500 < deep.atac.X.sum(1).mean() < 1.2 * 1500      # less those that overlap, plus those between
+    np.testing.assert_array_equal(shallow.truth.tau, deep.truth.tau)
+    np.testing.assert_array_equal(shallow.atac.var_names, deep.atac.var_names)
+    a = second_population.population("6000", "shift", seed=5, cells=1500, genes=100)
+    assert (a.rna.X != deep.rna.X).nnz == 0
+
+    known_truth.SIZES["some"] = dict(simulator=second_population.population, cells=1500, genes=100)
+    try:
+        data, _ = known_truth.make("some", "6000", "shift", 5)
+    finally:
+        del known_truth.SIZES["some"]
+    assert known_truth.score(data, known_truth.true_time(data, None))["spearman"] > 0.8  # seeds 5 to 8: 0.95 to 0.98
 
 
 def test_the_model_as_specified_runs_for_the_epochs_it_is_given(small, monkeypatch):
