@@ -121,11 +121,15 @@ def variance_of_mean(values):
     return values.var(0) / len(values) if len(values) > 1 else torch.zeros_like(values[0])
 
 
+def over_members(log_taus, sds):
+    """Mean of the members' log tau (M, G), and its sd: of their posteriors, with the spread of the mean."""
+    return log_taus.mean(0), (sds.square().mean(0) + variance_of_mean(log_taus)).sqrt()
+
+
 def combine(anchors, delays):
     """The members' Result: mean delays, and the spread of the mean."""
-    log_taus = torch.stack([d.log_tau for d in delays])
-    within = torch.stack([d.sd.square() for d in delays]).mean(0)
-    return Result(log_taus.mean(0), (within + variance_of_mean(log_taus)).sqrt(), delays[0].kernel,
+    log_tau, sd = over_members(torch.stack([d.log_tau for d in delays]), torch.stack([d.sd for d in delays]))
+    return Result(log_tau, sd, delays[0].kernel,
                   torch.cat([d.held_out - d.still for d in delays]), torch.stack([d.own for d in delays]).mean(0),
                   torch.stack([d.gene_gain for d in delays]).mean(0), sum(d.pairing for d in delays) / len(delays),
                   anchors, delays)

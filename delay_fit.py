@@ -848,13 +848,22 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0):
 
 # --- genes that were not fitted ----------------------------------------------------------------------------------
 
-def new_gene_delays(field, kernel, readout, z, counts, depth, prior_mean, prior_sd=1.0):
-    """E-step alone for genes outside training: own log tau, its sd, A and B, (H,) each. v stays as it is.
+@torch.no_grad()
+def new_gene_delays(field, kernel, readout, z, access, access_depth, counts, depth, prior_mean, prior_sd=1.0):
+    """The last E-step alone for genes outside training: own log tau, its sd, A and B, (H,) each. v stays as it is.
 
-    By grid_likelihood, which takes the readout at its word: what ATAC leaves open is integrated out in training alone.
-
-    depth (N,): size factors over the cell_size that the trained genes give.
+    A cell counts for the landmarks that are near its state (GeneReadout.near); what its ATAC and RNA say beyond that is
+    not asked.
+    Shapes  z (N, 8), access and counts (N, H); access_depth (N,) size factors, depth (N,) size factors over the
+            cell_size that the trained genes give
     """
-    like, a, b = grid_likelihood(path(field, z), readout, counts, depth, counts.mean(0).clamp_min(1e-6), kernel)
-    share, centre, sd = posterior(like, prior_mean, prior_sd)
+    near, states, mean = readout.near(z), path(field, readout.landmarks), counts.mean(0).clamp_min(1e-6)
+    residual = Residual(readout, Seen(near.T @ access, near.T @ access_depth))
+    counts, exposure = near.T @ counts, near.T @ depth
+    like, a, b = grid_likelihood(states, readout, counts, exposure, mean, kernel)
+    share, centre, _ = posterior(like, prior_mean, prior_sd)
+    weights = kernel_weights(centre.exp(), TIMES, kernel)
+    now = predict(states, readout, weights, (share * a).sum(1), (share * b).sum(1))
+    evidence = grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, prior_mean, prior_sd)
+    share, centre, sd = posterior(evidence, prior_mean, prior_sd)
     return centre, sd, (share * a).sum(1), (share * b).sum(1)

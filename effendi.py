@@ -220,32 +220,34 @@ class AnchoredEffendi(nn.Module):
 def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, new_emb, rng):
     """An AnchoredEffendi that also reads H new genes, with nothing retrained: v, latent and old genes stay as they are.
 
-    A new gene's readout comes from its own accessibility, all peaks alike, its delay from its own expression by one
-    E-step, with what the embeddings of the trained genes say as prior.
+    A new gene's readout comes from its own accessibility, all peaks alike, its delay from its own expression by the
+    last E-step of training, with what the embeddings of the trained genes say as prior.
 
     Depths are counts over the trained genes, as in training: the size of a cell is relative to these.
     Shapes  z_atac (N, 256), access and counts (N, H), depths (N,), gene_emb (G, D), new_emb (H, D)
+            -> the model; log tau of the new genes as each of the M members finds it, and its sd, (M, H) both
     """
     size = {"a": access_depth / access_depth.mean(), "r": rna_depth / rna_depth.mean()}
     prior = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
     wider, known = copy.deepcopy(model), model.args["n_genes"]
-    log_taus = []
+    log_taus, sds = [], []
     for member, wide in zip(model.members, wider.members):
         z = member.align(z_atac)
         readout = read_new_genes(member.readout, z, access, size["a"], new_emb, rng)
         level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
         with torch.no_grad():
             expressed = cell_size(member.y_hat(z, 0.0, model.kernel)[:, :known], model.mean[:known])[:, 0]
-        own, _, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, counts, size["r"] / expressed,
-                                       prior + level)
+        own, sd, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, access, size["a"], counts,
+                                       size["r"] / expressed, prior + level)
         for name in ("e", "delta", "p", "q"):
             both = torch.cat([getattr(member.readout, name), getattr(readout, name)])
             setattr(wide.readout, name, both if name == "e" else nn.Parameter(both, requires_grad=False))
         wide.log_tau, wide.A, wide.B = (torch.cat(pair) for pair in
                                         ((member.log_tau, own), (member.A, A), (member.B, B)))
         log_taus.append(own - level)
+        sds.append(sd)
     wider.mean = torch.cat([model.mean, counts.mean(0)])
     head = wider.tau_predictor
     head.log_tau = torch.cat([model.tau_predictor.log_tau, torch.stack(log_taus).mean(0)])
     head.shift = torch.cat([model.tau_predictor.shift, torch.zeros(len(new_emb), head.shift.shape[1])])
-    return wider.eval()
+    return wider.eval(), torch.stack(log_taus), torch.stack(sds)

@@ -10,7 +10,9 @@ follows the components of the stored PCAs in the new cells, so that old and new 
 
 Reads   effendi.pt, new cells (.h5ad, 10x .h5, .h5mu)
 Writes  inference.h5ad (X the RNA counts if given; obsm z_atac, z_A, phi_tau_z_A; layers tau, y_hat),
-        inference_tau.csv (one row per gene: tau, cell_sd, trained, and with RNA: spearman of y_hat and counts)
+        inference_tau.csv (one row per gene: tau; tau_low, tau_high; cell_sd; identifiable; trained; with RNA: spearman
+        of y_hat and counts). Interval and identifiable of a trained gene are those of training; a new gene's interval
+        is that of its posterior, without refits, and whether it is identifiable is not judged.
 Run     python inference.py --model effendi_output/effendi.pt --atac new_atac.h5ad --rna new_rna.h5ad --out new_output
 """
 import functools
@@ -23,6 +25,7 @@ import torch
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+import anchored
 import artifacts
 import config
 import effendi_loader as loader
@@ -44,9 +47,9 @@ ARGUMENTS = {
 def load_effendi(file):
     """(model in eval mode, everything else in effendi.pt) ; ValueError for a file of another kind."""
     saved = artifacts.read_weights(file)
-    needed = {"objective", "args", "state_dict", "genes", "gene_emb", "atac_encoder"}
+    needed = {"objective", "args", "state_dict", "genes", "gene_emb", "atac_encoder", "judged", "meaning"}
     if not isinstance(saved, dict) or not needed <= set(saved):
-        raise ValueError(f"{file} is a .pt file, but not an effendi.pt: it lacks "
+        raise ValueError(f"{file} is a .pt file, but not an effendi.pt of this version: it lacks "
                          f"{', '.join(sorted(needed - set(saved)))}.\n  Give the effendi.pt that train_delay.py wrote.")
     model = MODELS[saved["objective"]](**saved["args"])
     try:
@@ -187,7 +190,7 @@ def embed_genes(data, genes):
 def results(model, data, extra, device):
     """(table, model output, genes) for the training genes and, after them, the extra ones."""
     saved = data.saved
-    gene_emb = saved["gene_emb"]
+    gene_emb, bounds = saved["gene_emb"], None
     if extra:
         new_emb, extra = embed_genes(data, extra)
         new_emb = torch.from_numpy(new_emb.astype(np.float32))
@@ -197,12 +200,19 @@ def results(model, data, extra, device):
             access, counts = data.accessibility(extra).toarray(), data.counts(extra).toarray()
             cells = (data.z_atac, access, size[0], counts, size[1])
             cells = [torch.as_tensor(array, dtype=torch.float32) for array in cells]
-            model = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
+            model, *found = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
+            bounds = torch.stack(anchored.intervals(*anchored.over_members(*found)), 1).exp().numpy()
         gene_emb = torch.cat([gene_emb, new_emb])
     genes = [*saved["genes"], *extra]
     out = predict(model, data.z_atac, gene_emb, device, config.BATCH_SIZE)
-    table = pd.DataFrame(dict(tau=out["tau"].mean(0), cell_sd=out["tau"].std(0),
-                              trained=np.isin(genes, saved["genes"])), index=pd.Index(genes, name="gene"))
+    judged = {name: value.numpy() for name, value in saved["judged"].items()}
+    judged = pd.DataFrame(judged, index=saved["genes"]).astype({"identifiable": "boolean"}).reindex(genes)
+    if bounds is not None:
+        judged.loc[extra, ["tau_low", "tau_high"]] = bounds
+    table = pd.DataFrame(dict(
+        tau=out["tau"].mean(0), tau_low=judged["tau_low"], tau_high=judged["tau_high"], cell_sd=out["tau"].std(0),
+        identifiable=judged["identifiable"], trained=np.isin(genes, saved["genes"])),
+        index=pd.Index(genes, name="gene"))
     if data.rna is not None:
         table["spearman"] = gene_spearman(out["y_hat"], data.counts(genes), data.depth)
     return table, out, genes
@@ -240,6 +250,7 @@ def main(argv=None):
     fit = f", median Spearman with RNA {table['spearman'].median():.2f}" if "spearman" in table else ""
     print(f"inference: {len(data.cells):,} cells, {len(genes):,} genes ({len(genes) - len(saved['genes']):,} new){fit} "
           f"-> {config.OUT_DIR}/inference_tau.csv, inference.h5ad")
+    print(f"inference: of the training: {saved['meaning']}")
 
 
 if __name__ == "__main__":

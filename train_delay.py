@@ -456,10 +456,12 @@ def save_results(model, table, out, data, history, facts, genes, gene_emb):
     """
     model = model.cpu()
     weights = {"args": model.args, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}}
+    judged = {name: torch.tensor(table.loc[genes, name].to_numpy()) for name in ("tau_low", "tau_high", "identifiable")}
     artifacts.save_model("effendi_final.pt", weights, **facts)
     artifacts.save_model("effendi.pt", dict(
         weights, objective=config.OBJECTIVE, genes=list(genes), gene_emb=torch.from_numpy(gene_emb),
-        gene_window=[config.GENE_WINDOW, config.GENE_DECAY], **encoders()), **facts)
+        judged=judged, meaning=facts["meaning"], gene_window=[config.GENE_WINDOW, config.GENE_DECAY],
+        **encoders()), **facts)
     artifacts.save("effendi.h5ad", lambda f: write_h5ad(f, data, out), rows=len(data["cells"]),
                    ids=artifacts.hash_ids(data["cells"]), **facts)
     curve = pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="row"))

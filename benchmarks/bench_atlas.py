@@ -9,7 +9,10 @@
 
 Deep and shallow counts, first-order lags given, one member.
 
+--fold: the RNA atlas was measured otherwise, every gene thinned by a fold of its own.
+
 Run     python benchmarks/bench_atlas.py --seeds 310 311 --paired 300 1000         about 10 minutes on one core
+        python benchmarks/bench_atlas.py --seeds 310 --columns paired "+ ATAC" "+ RNA" --fold 0.5
 Prints  Spearman of estimated and planted log delay over genes whose accessibility changes
 """
 import argparse
@@ -88,16 +91,23 @@ def pretrained(z, rna, em, rng, steps=300, batch=512, axes=10):
     return flow.field
 
 
-def recoveries(sim, paired):
+def thinned(counts, fold, rng):
+    """Counts (M, G) of which each gene keeps a share of its own, log-normal of spread `fold`, the largest share 1."""
+    share = np.exp(rng.normal(0, fold, counts.shape[1]))
+    return rng.binomial(counts.astype(np.int64), share / share.max()).astype(np.float32)
+
+
+def recoveries(sim, paired, fold, columns):
     """Spearman per column of the table."""
-    atlas = torch.as_tensor(sim.unpaired_rna.X.toarray(), dtype=torch.float32)
+    atlas = sim.unpaired_rna.X.toarray()
+    atlas = torch.from_numpy(thinned(atlas, fold, np.random.default_rng(sim.population.o.seed)) if fold else atlas)
     seen = (sim.truth["changes"] & sim.truth["has_link"]).to_numpy(bool)
     planted, found = np.log(sim.truth["tau"].to_numpy()[seen]), {}
     embedded = {name: embed(data, paired) for name, data in dict(
         paired=replace(sim, unpaired_atac=None), atlas=sim).items()}
     anchors = {name: chromatin.fit_anchor(data["x"], data["access"], data["gene_emb"], anchored.generator(0, "anchor"),
                                          peaks=data["peaks"]) for name, data in embedded.items()}
-    for name in COLUMNS:
+    for name in columns:
         cells = "paired" if name == "paired" else "atlas"
         anchor, data = anchors[cells], embedded[cells]
         field = None
@@ -117,13 +127,16 @@ def main():
     parser.add_argument("--paired", type=int, nargs="+", default=[300, 1000])
     parser.add_argument("--atlas", type=int, default=3000)
     parser.add_argument("--depths", nargs="+", default=["shallow", "deep"])
+    parser.add_argument("--fold", type=float, default=0.0, help="spread of the genes' log folds in the RNA atlas")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'depth':<9}{'paired':>7}{'seed':>6}" + "".join(f"{name:>10}" for name in COLUMNS))
+    print(f"{'depth':<9}{'paired':>7}{'seed':>6}" + "".join(f"{name:>10}" for name in args.columns))
     for depth in args.depths:
         for paired in args.paired:
             for seed in args.seeds:
-                found = recoveries(simulate.simulate(paired, 400, 3, "exp", depth, seed, unpaired=args.atlas), paired)
+                sim = simulate.simulate(paired, 400, 3, "exp", depth, seed, unpaired=args.atlas)
+                found = recoveries(sim, paired, args.fold, args.columns)
                 print(f"{depth:<9}{paired:>7}{seed:>6}" + "".join(f"{v:>10.2f}" for v in found.values()), flush=True)
 
 

@@ -64,7 +64,12 @@ def test_new_genes_get_delays_and_leave_the_old_ones_alone(trained, tmp_path):
     table, cells = infer(trained, tmp_path, *args, "--new-genes")
     without, _ = infer(trained, tmp_path / "b", *args)
     assert list(table["trained"]) == [True] * 40 + [False] * 20 and (table["tau"] > 0).all()
+    judged = pd.read_csv(trained / "out" / "gene_tau_estimates.csv", index_col="gene").loc[table.index[:40]]
+    columns = ["tau_low", "tau_high", "identifiable"]       # of a trained gene as training found them
+    pd.testing.assert_frame_equal(table[columns][:40].astype(judged[columns].dtypes), judged[columns], rtol=1e-5)
+    assert table["identifiable"][40:].isna().all()
     if "specification" not in str(trained):                 # there tau_bar and the grid depend on all genes
+        assert (table["tau_low"] < table["tau"])[40:].all() and (table["tau"] < table["tau_high"])[40:].all()
         np.testing.assert_allclose(table["tau"][:40], without["tau"], rtol=1e-6)
         np.testing.assert_allclose(table["spearman"][:40], without["spearman"], rtol=1e-6)
     assert np.isfinite(cells.layers["y_hat"]).all() and cells.layers["y_hat"][:, 40:].std() > 0
