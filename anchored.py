@@ -316,24 +316,24 @@ def group_shift(anchor, delay, counts, labels, n_groups, prior_sd=0.5, times=TIM
     return (shift - pace) * known.ceil(), known
 
 
-def modulation(halves, counts, labels):
+def modulation(result, halves, counts, labels):
     """Relative modulation of log tau per gene and group (G, K), shrunk to what two halves of the cells share.
 
-        m = r (m1 + m2) / 2,   r = 2 c / (v + c)       c covariance of m1 and m2 over genes and groups, v variance
-    Halves are fitted apart in both stages, so that noise of readout, flow and counts does not correlate and
-    r goes to 0 where nothing was shared. Returns m and r.
+        m = r m_all,   r = 2 c / (v + c)        c covariance of the halves' m1 and m2 over genes and groups, v variance
+    Halves are fitted apart in both stages, so that noise of readout, flow and counts does not correlate and r goes to 0
+    where nothing was shared. r is the reliability of (m1 + m2) / 2; m_all, from all cells, has no less.
+    Returns m and r.
     """
     counts = torch.as_tensor(counts, dtype=torch.float32)
     n_groups = int(labels.max()) + 1
-    shifts, knowns = [], []
-    for rows, result in zip(halves.rows, halves.fits):
-        both = [group_shift(a, d, counts[rows], labels[rows], n_groups) for a, d in zip(result.anchors, result.delays)]
-        shift = torch.stack([b[0] for b in both]).mean(0)
-        shifts.append(shift - shift.mean(1, keepdim=True))                      # the gene's own level is its tau_g
-        knowns.append(torch.stack([b[1] for b in both]).mean(0))
-    a, b = shifts
-    w = (knowns[0] * knowns[1]).sqrt()
+
+    def found(fits, rows):
+        both = [group_shift(a, d, counts[rows], labels[rows], n_groups) for a, d in zip(fits.anchors, fits.delays)]
+        shift, known = (torch.stack(of_members).mean(0) for of_members in zip(*both))
+        return shift - shift.mean(1, keepdim=True), known                       # the gene's own level is its tau_g
+    (a, known_a), (b, known_b) = (found(*half) for half in zip(halves.fits, halves.rows))
+    w = (known_a * known_b).sqrt()
     shared = (w * a * b).sum() / w.sum()
     spread = (w * (a.square() + b.square())).sum() / (2 * w.sum())
     reliability = (2 * shared / (spread + shared)).clamp(0, 1)
-    return reliability * (a + b) / 2, float(reliability)
+    return reliability * found(result, slice(None))[0], float(reliability)

@@ -382,7 +382,7 @@ def run_anchored():
     gate = anchored.gate(result, halves)
     groups = anchored.cell_groups(result.anchors[0].z, config.CELL_GROUPS,
                                   anchored.generator(config.SEED, "groups", 0))
-    shift, reliability = anchored.modulation(halves, data["y"], groups)
+    shift, reliability = anchored.modulation(result, halves, data["y"], groups)
     low, high = anchored.intervals(result.log_tau, result.sd, replicates)
     ok, why = anchored.identifiable(result, data["access"], data["y"], halves)
     if not gate.open:

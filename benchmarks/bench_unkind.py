@@ -92,7 +92,7 @@ def run(seed, options):
         row["identifiable_unlinked"] = ok[unlinked].mean()
     if data.options.lineages > 1 and len(used) <= 500:
         groups = anchored.cell_groups(result.anchors[0].z, config.CELL_GROUPS, anchored.generator(seed, "groups"))
-        shift, r = anchored.modulation(halves, counts, groups)
+        shift, r = anchored.modulation(result, halves, counts, groups)
         estimated = lineage_means(shift.numpy(), groups.numpy(), data.cells)[used]
         row["mod_sd"], row["r"] = estimated.std(), r
         if sim.population.tau_lineage is not None:

@@ -583,7 +583,7 @@ def test_modulation_is_shrunk_to_what_the_halves_share(monkeypatch):
         truth -= truth.mean(1, keepdim=True)
         monkeypatch.setattr(anchored, "group_shift", lambda *a, truth=truth: (
             truth + 0.3 * torch.randn(truth.shape, generator=rng), torch.ones_like(truth)))
-        m, reliability = anchored.modulation(halves, torch.zeros(2, 300), torch.tensor([0, 2]))
+        m, reliability = anchored.modulation(fits, halves, torch.zeros(2, 300), torch.tensor([0, 2]))
         if planted:
             assert anchored.spearman(m.flatten(), truth.flatten()) > 0.8
         else:
