@@ -39,6 +39,8 @@ from delay_fit import (
 )
 from workers import Pool
 
+LEAST_Z, LEAST_AGREEMENT = 3.0, 0.3     # of the gate: standard errors; Spearman of the delays of two halves
+
 # --- both stages -------------------------------------------------------------------------------------------------
 
 def generator(seed, what, index=0):
@@ -197,7 +199,7 @@ class Gate:
     split_half: float
 
 
-def gate(result, halves, least_z=3.0, least_agreement=0.3):
+def gate(result, halves):
     """Whether tau means anything on these data: four tests, all of which have to pass.
 
         RNA fits the ATAC of its own cell better than another's; moving beats v = 0 on held-out cells; a gene's own
@@ -210,11 +212,11 @@ def gate(result, halves, least_z=3.0, least_agreement=0.3):
     if not result.pairing > LEAST_PAIRING:
         reasons.append("no clear sign that the RNA and ATAC of a barcode come from one cell "
                        f"(z = {result.pairing:.1f}): are the barcodes of both files those of the same cells?")
-    if not gain_z > least_z:
+    if not gain_z > LEAST_Z:
         reasons.append(f"a moving state predicts held-out expression no better than v = 0 (z = {gain_z:.1f})")
-    if not own_z > least_z:
+    if not own_z > LEAST_Z:
         reasons.append(f"a gene's own chromatin predicts no better than another gene's (z = {own_z:.1f})")
-    if not halves.spearman > least_agreement:
+    if not halves.spearman > LEAST_AGREEMENT:
         reasons.append(f"delays from two halves of the cells disagree (Spearman {halves.spearman:.2f})")
     return Gate(not reasons, reasons, result.pairing, gain_z, own_z, halves.spearman)
 

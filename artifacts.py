@@ -121,8 +121,11 @@ def save_array(name, array, ids, **record):
 
 
 def save_table(name, table, **record):
-    """A .csv with its index as the first column, which names the rows."""
-    save(name, lambda f: f.write(table.to_csv().encode()), rows=len(table), ids=hash_ids(table.index), **record)
+    """A .csv with its index as the first column, which names the rows. Columns of text are read as text again."""
+    # An empty column is read as missing numbers, which anndata can write.
+    text = [name for name, values in table.replace("", None).items() if pd.api.types.infer_dtype(values) == "string"]
+    save(name, lambda f: f.write(table.to_csv().encode()), rows=len(table), ids=hash_ids(table.index), text=text,
+         **record)
 
 
 def save_model(name, payload, **record):
@@ -132,6 +135,12 @@ def save_model(name, payload, **record):
 
 def save_text(name, text, **record):
     save(name, lambda f: f.write(text.encode()), **record)
+
+
+def remove(name):
+    """Take away an artifact that no longer holds, record first."""
+    path(name + ".json").unlink(missing_ok=True)
+    path(name).unlink(missing_ok=True)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -185,9 +194,11 @@ def load_sparse(name):
 
 
 def load_table(name):
-    _check_bytes(name, record(name))
+    meta = record(name)
+    _check_bytes(name, meta)
+    kinds = {0: str, **dict.fromkeys(meta.get("text", ()), str)}                # a sample "01" is not the number 1
     # Only an empty field is missing: "NA" and "nan" are names that genes and samples really have.
-    return pd.read_csv(path(name), index_col=0, dtype={0: str}, keep_default_na=False, na_values=[""])
+    return pd.read_csv(path(name), index_col=0, dtype=kinds, keep_default_na=False, na_values=[""])
 
 
 def load_model(name):

@@ -344,6 +344,9 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
             history.append((step, nll))
             if nll < best[0]:
                 best = (nll, step, copy.deepcopy((align.state_dict(), readout.state_dict())))
+    if best[2] is None:
+        raise FloatingPointError("Stage 1: the likelihood of the held-out cells was never finite.\n"
+                                 "  Look for nan in effendi_atac_emb.npy and gene_embeddings.npy.")
     nll, step, (state_align, state_readout) = best
     align.load_state_dict(state_align)
     readout.load_state_dict(state_readout)

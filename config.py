@@ -144,10 +144,13 @@ WORKERS: int | None = None              # processes for fits and refits; None = 
 
 CHOICES = {"OBJECTIVE": ("anchored", "specification"), "KERNEL": (None, "exp", "shift", "gamma"),
            "SIM_KERNEL": ("exp", "shift", "gamma")}
+MAY_BE_ZERO = {"SEED", "GENE_WINDOW", "MIN_GENE_CELLS", "MIN_PEAKS", "MIN_ACCESS", "ATAC_TOP_PEAKS", "PEAKS_PER_GENE",
+               "RNA_ONLY_CELLS", "BOOTSTRAP", "STAGE1_EPOCHS", "STAGE2_EPOCHS", "TAU_MOD_SCALE", "W_ODE", "W_RECON",
+               "W_TAU", "W_REVERSE"}
 
 
 def override(name, text):
-    """Set one constant from text, if config.py declares the name and the type fits."""
+    """Set one constant from text, if config.py declares the name, the type fits and the value can be meant."""
     hints = typing.get_type_hints(sys.modules[__name__])
     if name not in hints:
         near = difflib.get_close_matches(name.upper(), hints, n=1)
@@ -166,6 +169,10 @@ def override(name, text):
         raise ValueError(f"{name}={text!r} is {type(value).__name__}, but config.py declares {kinds}")
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{name}={text!r} is unknown; choose one of {', '.join(map(str, CHOICES[name]))}")
+    if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+        raise ValueError(f"{name}={text!r}: give a number above 0" + ", or 0" * (name in MAY_BE_ZERO))
+    if name == "HELD_OUT" and value > 0.5:
+        raise ValueError(f"{name}={text!r}: give a share of the cells, at most 0.5")
     globals()[name] = value
 
 

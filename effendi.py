@@ -217,11 +217,12 @@ class AnchoredEffendi(nn.Module):
         return total * self.mean
 
 
-def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, new_emb, rng):
+def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, new_emb, rng, min_access=20):
     """An AnchoredEffendi that also reads H new genes, with nothing retrained: v, latent and old genes stay as they are.
 
     A new gene's readout comes from its own accessibility, all peaks alike, its delay from its own expression by the
-    last E-step of training, with what the embeddings of the trained genes say as prior.
+    last E-step of training, with what the embeddings of the trained genes say as prior. One with fewer than min_access
+    accessible counts gets that prior, its mean expression, and no sd.
 
     Depths are counts over the trained genes, as in training: the size of a cell is relative to these.
     Shapes  z_atac (N, 256), access and counts (N, H), depths (N,), gene_emb (G, D), new_emb (H, D)
@@ -239,6 +240,9 @@ def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, 
             expressed = cell_size(member.y_hat(z, 0.0, model.kernel)[:, :known], model.mean[:known])[:, 0]
         own, sd, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, access, size["a"], counts,
                                        size["r"] / expressed, prior + level)
+        closed = access.sum(0) < min_access
+        own, A, B, sd = (torch.where(closed, instead, found) for instead, found in (
+            (prior + level, own), (torch.zeros(()), A), (torch.ones(()), B), (torch.tensor(torch.nan), sd)))
         for name in ("e", "delta", "p", "q"):
             both = torch.cat([getattr(member.readout, name), getattr(readout, name)])
             setattr(wide.readout, name, both if name == "e" else nn.Parameter(both, requires_grad=False))

@@ -12,7 +12,8 @@ Reads   effendi.pt, new cells (.h5ad, 10x .h5, .h5mu)
 Writes  inference.h5ad (X the RNA counts if given; obsm z_atac, z_A, phi_tau_z_A; layers tau, y_hat),
         inference_tau.csv (one row per gene: tau; tau_low, tau_high; cell_sd; identifiable; trained; with RNA: spearman
         of y_hat and counts). Interval and identifiable of a trained gene are those of training; a new gene's interval
-        is that of its posterior, without refits, and whether it is identifiable is not judged.
+        is that of its posterior, without refits, and whether it is identifiable is not judged; without accessibility
+        it gets what its embedding says, and no interval.
 Run     python inference.py --model effendi_output/effendi.pt --atac new_atac.h5ad --rna new_rna.h5ad --out new_output
 """
 import functools
@@ -200,7 +201,8 @@ def results(model, data, extra, device):
             access, counts = data.accessibility(extra).toarray(), data.counts(extra).toarray()
             cells = (data.z_atac, access, size[0], counts, size[1])
             cells = [torch.as_tensor(array, dtype=torch.float32) for array in cells]
-            model, *found = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED))
+            model, *found = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED),
+                                      config.MIN_ACCESS)
             bounds = torch.stack(anchored.intervals(*anchored.over_members(*found)), 1).exp().numpy()
         gene_emb = torch.cat([gene_emb, new_emb])
     genes = [*saved["genes"], *extra]

@@ -46,6 +46,7 @@ import scgpt_encoder
 RANK = 50                   # components of PCA and LSI; more are mostly noise in data of this kind
 HVG_CELLS = 10_000          # cells on which scanpy chooses the genes; all, if there are no more
 MIN_OPEN = 0.10             # share of cells in which the automatic filter wants a peak open
+RESERVED = ["source", "n_counts", "barcode"]     # names of obs columns that are our own
 SHIFT = 50_000              # bp; promoters moved this far should hold fewer peaks than promoters do
 
 RNA_FILES = ("effendi_rna_emb.npy", "effendi_rna_obs.csv", "effendi_rna_obs.pkl", "genes.csv", "gene_expression.npz",
@@ -128,15 +129,20 @@ class Cells:
         tables = []
         for source, counts, rows, _ in self.sources:
             plain = counts.obs.iloc[rows].select_dtypes(include=["number", "bool", "object", "string", "category"])
-            plain = plain.drop(columns=["source", "n_counts"], errors="ignore")
+            plain = plain.drop(columns=RESERVED, errors="ignore")
             index = plain.index if source == "paired" else "atlas:" + plain.index
             tables.append(plain.set_axis(index).assign(source=source))
         self.obs = pd.concat(tables).rename_axis("barcode")
         self.obs = self.obs[["source", *self.obs.columns.drop("source")]]
+        for name in self.obs.select_dtypes(exclude="number"):                   # True beside nothing is text
+            self.obs[name] = self.obs[name].astype("string").astype(object).where(self.obs[name].notna(), None)
 
     def _level_batches(self):
         """Batch of every cell (N,) and the shares (B, F) of its counts that it keeps; one pass over the files."""
         where = " and ".join(str(path) for path in self.files.values() if path)
+        if config.BATCH in RESERVED:
+            raise ValueError(f"BATCH={config.BATCH}: Effendi writes a column of that name itself.\n"
+                             "  Rename the column in your files.")
         if config.BATCH not in self.obs:
             raise ValueError(f"{where}: no column {config.BATCH!r} in obs (BATCH={config.BATCH}); there are: "
                              f"{', '.join(self.obs.columns.drop('source')) or 'none'}.\n"
@@ -147,6 +153,9 @@ class Cells:
                              "  Every cell needs its batch.")
         batch, labels = pd.factorize(values.astype(str), sort=True)
         sizes = np.bincount(batch)
+        if len(labels) < 2:
+            raise ValueError(f"{where}: all cells have {config.BATCH} {labels[0]}; there is nothing to level.\n"
+                             "  Leave BATCH=None, or name another column.")
         if sizes.min() < config.MIN_PAIRED_CELLS:
             raise ValueError(f"{where}: {config.BATCH} {labels[sizes.argmin()]} has {sizes.min()} cells.\n"
                              f"  A batch needs MIN_PAIRED_CELLS={config.MIN_PAIRED_CELLS} to be told from the others.")
@@ -646,8 +655,6 @@ def genes():
     start = time.time()
     if not first_process():
         return None
-    if config.PEAKS_PER_GENE < 0:
-        raise ValueError(f"PEAKS_PER_GENE={config.PEAKS_PER_GENE}: give 0 or more.")
     of_rna, of_atac = artifacts.record("rna_encoder.pt"), artifacts.record("atac_encoder.pt")
     alone = not (config.ATAC_FILE or config.MULTIOME_FILE)
     files = must_exist(of_atac["inputs"]) if alone else input_files("atac")
@@ -670,6 +677,10 @@ def genes():
     print(f"{near:.0%} of the genes with a position have a peak within 2 kb of their TSS; {shifted:.0%} have one "
           f"{SHIFT // 1000} kb away" + ("" if near > 1.2 * shifted else
           ". Promoters should stand out: are genes and peaks of one genome build?"))
+    unknown = table["start"].notna() & ~table["strand"].isin(["+", "-"])
+    if unknown.any():
+        print(f"{unknown.sum():,} genes have no strand (10x files name none): their start is taken for the TSS, and "
+              "distances of peaks are left empty. --gtf gives both.")
     spool, of_peaks, peaks = accessibility(cells, table)
     never = table.index[sum(np.bincount(block.indices, minlength=len(table)) for _, block in spool.blocks()) == 0]
     nowhere = table.index[table["start"].isna()]
@@ -691,8 +702,7 @@ def genes():
         artifacts.save_array("gene_embeddings.npy", emb, table.index, **facts)
     else:
         save_scgpt_genes(table, facts)
-        for name in (PCA_GENE_FILES[0], PCA_GENE_FILES[0] + ".json"):       # of an earlier run with the PCA
-            artifacts.path(name).unlink(missing_ok=True)
+        artifacts.remove(PCA_GENE_FILES[0])                 # of an earlier run with the PCA
     print(f"precompute_embeddings genes: {len(table):,} genes with {len(peaks):,} peaks in {len(obs):,} cells, "
           f"{time.time() - start:.0f} s -> {config.OUT_DIR}/gene_accessibility.npz, gene_peaks.npz, "
           "gene_embeddings.npy")
@@ -721,12 +731,12 @@ def table_of_peaks(features, table, columns, totals, gene, peak):
     one = np.where(peak < 0, 0, peak)
     middle = (features["start"].to_numpy() + features["end"].to_numpy())[one] / 2
     of_gene = table.iloc[gene]
-    minus = (of_gene["strand"] == "-").to_numpy()
+    minus, known = (of_gene["strand"] == "-").to_numpy(), of_gene["strand"].isin(["+", "-"]).to_numpy()
     tss = np.where(minus, of_gene["end"], of_gene["start"])
     contribution = totals @ columns
     return pd.DataFrame(dict(
         peak=np.where(peak < 0, "others", features.index.to_numpy()[one]),
-        tss_distance=np.where(peak < 0, np.nan, np.where(minus, tss - middle, middle - tss)),
+        tss_distance=np.where((peak < 0) | ~known, np.nan, np.where(minus, tss - middle, middle - tss)),
         share=(contribution / np.bincount(gene, contribution, len(table))[gene]).round(4)),
         index=pd.Index(of_gene.index, name="gene"))
 

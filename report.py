@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 import artifacts
 import config
+import simulate
 
 INPUTS = ("gene_tau_estimates.csv", "validation.json", "train_vf_curve.csv", "train_delay_curve.csv", "effendi.h5ad")
 BLUE, ORANGE, GREY = "#2b6ca3", "#d2691e", "#8a8a8a"
@@ -50,8 +51,11 @@ def png(figure):
 def tau_picture(table):
     """Distribution of tau over genes, and its spread over cells against its size."""
     figure, (left, right) = new_figure(2)
-    left.hist(table["tau"], bins=40, color=BLUE)
-    left.set(xlabel="delay τ_g (ODE time)", ylabel="genes", title=f"{len(table)} genes")
+    sure = table["identifiable"].astype(bool)
+    left.hist([table["tau"][sure], table["tau"][~sure]], bins=40, stacked=True, color=[BLUE, GREY],
+              label=["identifiable", "not identifiable"])
+    left.set(xlabel="delay τ_g (ODE time)", ylabel="genes", title=f"{len(table)} genes, {sure.sum()} identifiable")
+    left.legend(frameon=False, fontsize=8)
     right.scatter(table["tau"], table["cell_sd"], s=8, color=BLUE, alpha=0.6, linewidths=0)
     right.set(xlabel="delay τ_g (ODE time)", ylabel="sd of τ over cells (ODE time)",
               title="between genes and between cells")
@@ -153,6 +157,9 @@ def checks_html(checks):
 
 
 def table_html(table, n=12):
+    """The shortest and the longest delays of those that can be told; of all where none can."""
+    sure = table[table["identifiable"].astype(bool)]
+    table = sure if len(sure) else table
     shown = pd.concat([table.head(n), table.tail(n)]) if len(table) > 2 * n else table
     return shown.to_html(float_format=lambda v: f"{v:.3f}", border=0, na_rep="")
 
@@ -164,8 +171,9 @@ def page(table, checks, pictures, facts):
 <h1>Effendi report</h1>
 <p class=verdict>{html.escape(meaning)}</p>
 <table>{''.join(f'<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>' for k, v in facts.items())}</table>
-<h2>Delays</h2><p>τ is in ODE time, not hours; the shortest and the longest are shown, all are in
-gene_tau_estimates.csv.</p>{''.join(image(data, text) for text, data in pictures.items())}
+<h2>Delays</h2><p>τ is in ODE time, not hours; the shortest and the longest of the identifiable genes are shown (of all
+genes where none is identifiable), all are in gene_tau_estimates.csv.</p>
+{''.join(image(data, text) for text, data in pictures.items())}
 {table_html(table)}
 <h2>Checks</h2><p>{', '.join(f'{n} {v}' for v, n in counts.items())}. A check that did not run is not a pass.</p>
 {checks_html(checks)}</html>"""
@@ -186,9 +194,11 @@ def run():
     pictures = {"distribution of delays": tau_picture(table)}
     artifacts.save("report_tau.png", lambda f: f.write(pictures["distribution of delays"]), stage="report", key=key)
     if config.TRUTH_FILE:
-        recovery = recovery_picture(table, pd.read_csv(config.TRUTH_FILE, index_col=0))
+        recovery = recovery_picture(table, simulate.read_truth(config.TRUTH_FILE))
         pictures = {"estimated against planted delay": recovery, **pictures}
         artifacts.save("report_recovery.png", lambda f: f.write(recovery), stage="report", key=key)
+    else:
+        artifacts.remove("report_recovery.png")             # of other data
     if artifacts.path("gene_peak_weights.csv").exists():
         weights = artifacts.load_table("gene_peak_weights.csv")
         if (weights["sd"] > 0).any():

@@ -54,6 +54,8 @@ def check_files():
         if file and not os.path.isfile(file):
             raise FileNotFoundError(f"{file} not found ({name}).\n"
                                     f"  Check the path; relative paths start at {os.getcwd()}.")
+    if config.TRUTH_FILE:
+        simulate.read_truth(config.TRUTH_FILE)
 
 
 def simulate_input():

@@ -761,6 +761,15 @@ def write(sim, out):
     return paths
 
 
+def read_truth(file):
+    """Planted delays: a table of genes with tau, and changes and has_link, true where the file has no such column."""
+    truth = pd.read_csv(file, index_col=0)
+    if "tau" not in truth:
+        raise ValueError(f"{file} has no column tau.\n"
+                         "  The truth is a .csv: genes in the first column, their delays in tau.")
+    return truth.assign(**{name: truth.get(name, True) for name in ("changes", "has_link")})
+
+
 def write_fasta(genome, path, width=60):
     with open(path, "wb") as f:
         for chrom, bases in genome.items():

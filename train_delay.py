@@ -45,7 +45,7 @@ SETTINGS = ("OBJECTIVE", "DIM", "ALIGN_HIDDEN", "VF_HIDDEN", "TAU_HIDDEN", "TAU_
 ANCHORED_INPUTS = (*INPUTS, "gene_accessibility.npz", "gene_peaks.npz", "gene_peaks.csv")
 ANCHORED_OUTPUTS = (*OUTPUTS, "gene_peak_weights.csv")
 ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "KERNEL", "MEMBERS", "EM_EPOCHS", "CELL_GROUPS", "BOOTSTRAP",
-                     "RNA_ONLY_CELLS", "HELD_OUT", "MIN_PAIRED_CELLS", "PEAKS_PER_GENE")
+                     "RNA_ONLY_CELLS", "HELD_OUT", "MIN_PAIRED_CELLS", "PEAKS_PER_GENE", "N_STEPS")
 RESUME = "train_delay.resume.pt"
 MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves "
                "them unchanged), so that these delays mean nothing about the genes.")
@@ -385,15 +385,16 @@ def run_anchored():
     shift, reliability = anchored.modulation(result, halves, data["y"], groups)
     low, high = anchored.intervals(result.log_tau, result.sd, replicates)
     ok, why = anchored.identifiable(result, data["access"], data["y"], halves)
-    if not gate.open:
-        ok, why = torch.zeros_like(ok), [reason or "the run's gate is closed" for reason in why]
+    if not gate.open:                                       # intervals would look as if something were known
+        ok, low, high = torch.zeros_like(ok), *torch.full((2, len(ok)), torch.nan)
+        why = ["the run's gate is closed" + (f"; {reason}" if reason else "") for reason in why]
 
     model = build_anchored(result, data, groups, shift)
     out = inference.predict(model, data["x"], data["emb"], device, config.BATCH_SIZE)
     table = anchored_table(result, low, high, ok, why, out["tau"], data)
     metrics = dict(kernel=result.kernel, gate_open=gate.open, pairing_z=gate.pairing_z, gain_z=gate.gain_z,
-                   own_z=gate.own_z, split_half=gate.split_half, modulation_reliability=reliability,
-                   identifiable=int(ok.sum()))
+                   own_z=gate.own_z, split_half=gate.split_half, held_out_cells=len(result.gain),
+                   modulation_reliability=reliability, identifiable=int(ok.sum()))
     history = [dict(member=m + 1, epoch=epoch, gain_over_v0=gain) for m, d in enumerate(result.delays)
                for epoch, gain in d.history]
     seconds = time.time() - start
@@ -449,6 +450,14 @@ def encoders():
     return {name: artifacts.load_model(f"{name}.pt") for name in names}
 
 
+def gene_window():
+    """GENE_WINDOW and GENE_DECAY under which the genes' accessibility was counted, for new genes."""
+    if not artifacts.path("gene_accessibility.npz").exists():
+        return [config.GENE_WINDOW, config.GENE_DECAY]
+    counted = artifacts.record("gene_accessibility.npz")["config"]
+    return [counted["GENE_WINDOW"], counted["GENE_DECAY"]]
+
+
 def save_results(model, table, out, data, history, facts, genes, gene_emb):
     """The artifacts of Stage 2 that both objectives have.
 
@@ -460,13 +469,13 @@ def save_results(model, table, out, data, history, facts, genes, gene_emb):
     artifacts.save_model("effendi_final.pt", weights, **facts)
     artifacts.save_model("effendi.pt", dict(
         weights, objective=config.OBJECTIVE, genes=list(genes), gene_emb=torch.from_numpy(gene_emb),
-        judged=judged, meaning=facts["meaning"], gene_window=[config.GENE_WINDOW, config.GENE_DECAY],
-        **encoders()), **facts)
+        judged=judged, meaning=facts["meaning"], gene_window=gene_window(), **encoders()), **facts)
+    artifacts.save_table("gene_tau_estimates.csv", table, **facts)
     artifacts.save("effendi.h5ad", lambda f: write_h5ad(f, data, out), rows=len(data["cells"]),
                    ids=artifacts.hash_ids(data["cells"]), **facts)
     curve = pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="row"))
     artifacts.save_table("train_delay_curve.csv", curve, **facts)
-    artifacts.save_table("gene_tau_estimates.csv", table, **facts)
+    artifacts.remove("gene_tau_hours.csv")                  # of the delays before these
 
 
 def run():
@@ -490,8 +499,7 @@ def run():
     table = tau_table(out["tau"], data)
     facts |= dict(seconds=round(seconds, 1), metrics=history[-1], meaning=MEANINGLESS)
     save_results(model, table, out, data, history, facts, data["genes"].index, data["gene_emb"])
-    for name in ("gene_peak_weights.csv", "gene_peak_weights.csv.json"):        # of an earlier run with "anchored"
-        artifacts.path(name).unlink(missing_ok=True)
+    artifacts.remove("gene_peak_weights.csv")               # of an earlier run with "anchored"
     artifacts.drop_checkpoint(RESUME)
     print(f"train_delay: {len(data['cells'])} cells, {len(table)} genes, tau {table.tau.min():.3f}-"
           f"{table.tau.max():.3f} (ODE time), held-out L {history[0]['total']:.3f} -> {history[-1]['total']:.3f}, "

@@ -574,6 +574,13 @@ def test_intervals_hold_their_nominal_share_of_normal_errors():
     assert abs(((low < truth) & (truth < high)).float().mean() - 0.9) < 0.02
 
 
+def test_embeddings_that_are_not_finite_are_named(data):
+    x = data[0].copy()
+    x[3, 1] = np.nan
+    with pytest.raises(FloatingPointError, match="effendi_atac_emb.npy"):
+        chromatin.fit_anchor(x, data[1], data[3], generator(), steps=50)
+
+
 def test_modulation_is_shrunk_to_what_the_halves_share(monkeypatch):
     rng = generator()
     fits = SimpleNamespace(anchors=[None], delays=[None])

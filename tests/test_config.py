@@ -33,6 +33,18 @@ def test_a_value_of_another_type_is_refused_by_name(name, text):
         config.override(name, text)
 
 
+@pytest.mark.parametrize("name,text,value", [
+    ("CELL_GROUPS", "0", None), ("ANCHOR_STEPS", "-1", None), ("VF_LR", "0", None), ("HELD_OUT", "10", None),
+    ("BOOTSTRAP", "0", 0), ("SEED", "0", 0), ("HELD_OUT", "0.2", 0.2)])
+def test_a_number_that_cannot_be_meant_is_refused(name, text, value):
+    if value is None:
+        with pytest.raises(ValueError, match=f"{name}='{text}': give a"):
+            config.override(name, text)
+    else:
+        config.override(name, text)
+        assert getattr(config, name) == value
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match="VF_EPOCH .*did you mean VF_EPOCHS"):
         config.override("VF_EPOCH", "5")

@@ -3,6 +3,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 
 import artifacts
@@ -73,6 +74,24 @@ def test_new_genes_get_delays_and_leave_the_old_ones_alone(trained, tmp_path):
         np.testing.assert_allclose(table["tau"][:40], without["tau"], rtol=1e-6)
         np.testing.assert_allclose(table["spearman"][:40], without["spearman"], rtol=1e-6)
     assert np.isfinite(cells.layers["y_hat"]).all() and cells.layers["y_hat"][:, 40:].std() > 0
+
+
+def test_a_new_gene_without_accessibility_gets_no_interval(trained, tmp_path):
+    if "specification" in str(trained):
+        pytest.skip("gives no intervals")
+    atac = anndata.read_h5ad(trained / "new_atac.h5ad")
+    rna = anndata.read_h5ad(trained / "new_rna.h5ad")
+    new = rna.var_names[40]
+    near = ((atac.var["start"] - rna.var.loc[new, "start"]).abs() < 120_000) & (atac.var["chrom"]
+                                                                               == rna.var.loc[new, "chrom"])
+    x = atac.X.toarray()
+    x[:, near.to_numpy()] = 0
+    atac.X = sp.csr_matrix(x)
+    atac.write_h5ad(tmp_path / "closed.h5ad")
+    table, cells = infer(trained, tmp_path, "--atac", str(tmp_path / "closed.h5ad"),
+                         "--rna", str(trained / "new_rna.h5ad"), "--new-genes")
+    assert table.loc[new, ["tau_low", "tau_high"]].isna().all() and table.loc[new, "tau"] > 0
+    assert table.loc[rna.var_names[50:], "tau_low"].notna().all() and np.isfinite(cells.layers["y_hat"]).all()
 
 
 @pytest.mark.parametrize("args,message", [

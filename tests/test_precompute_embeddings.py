@@ -196,6 +196,7 @@ def test_batches_are_levelled_in_both_modalities_and_on_every_pass(tmp_path, cap
 @pytest.mark.parametrize("change, said", [
     (lambda obs: obs.drop(columns="batch"), "no column 'batch' in obs (BATCH=batch); there are: time_h, kind"),
     (lambda obs: obs.assign(batch=["a"] * 10 + ["b"] * 590), "batch a has 10 cells"),
+    (lambda obs: obs.assign(batch="a"), "all cells have batch a"),
     (lambda obs: obs.assign(batch=[np.nan] + ["b"] * 599), "has no batch")])
 def test_batches_are_refused_with(tmp_path, capsys, change, said):
     data = batches("rna")
@@ -203,6 +204,35 @@ def test_batches_are_refused_with(tmp_path, capsys, change, said):
     with pytest.raises(SystemExit, match="2"):
         config.script(lambda: pre.main(["rna", *both(tmp_path, data, batches("atac")), "--set", "BATCH=batch"]))
     assert said in capsys.readouterr().err
+
+
+def test_a_batch_column_of_our_own_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="BATCH=source"):
+        pre.main(["rna", *both(tmp_path), "--set", "BATCH=source"])
+
+
+def test_labels_of_cells_come_back_as_they_were_and_can_be_written(tmp_path):
+    """Texts that look like numbers, flags that an atlas lacks, and names that are ours."""
+    data, atlas = make("rna"), make("rna", seed=1, prefix="other")
+    data.obs = data.obs.assign(sample="01", doublet=True, barcode="x")
+    atlas.write_h5ad(tmp_path / "atlas.h5ad")
+    pre.main(["rna", *both(tmp_path, data), "--unpaired-rna", str(tmp_path / "atlas.h5ad")])
+    obs = artifacts.load_table("effendi_rna_obs.csv")
+    assert set(obs.columns) == {"source", "time_h", "kind", "sample", "doublet", "n_counts"}
+    assert set(obs["sample"].dropna()) == {"01"} and set(obs["doublet"].dropna()) == {"True"}
+    assert obs["sample"].isna().sum() == CELLS and obs["time_h"].dtype.kind in "if"
+    anndata.AnnData(np.zeros((len(obs), 1)), obs=obs).write_h5ad(tmp_path / "again.h5ad")
+
+
+def test_distances_of_peaks_are_empty_where_the_strand_is_unknown(tmp_path, capsys):
+    data = make("rna")
+    data.var.loc["GENE1", "strand"] = ""
+    data.var.loc["GENE2", "strand"] = "-"
+    run_all(both(tmp_path, data))
+    table = artifacts.load_table("gene_peaks.csv")
+    assert table.loc["GENE1", "tss_distance"].isna().all() and "1 genes have no strand" in capsys.readouterr().out
+    minus = table.loc["GENE2"]                              # its TSS is its end: the first peak is behind it
+    assert minus["tss_distance"].max() == pytest.approx(20_000 - 50)
 
 
 def test_a_cell_without_counts_is_left_out_and_named(tmp_path, capsys):

@@ -447,3 +447,12 @@ def test_an_oracle_that_knows_the_time_finds_the_delays(kernel):
     estimate = (u[:, None] * posterior).sum(0) / posterior.sum(0)
     use = sim.truth.changes
     assert spearmanr(estimate[use], sim.truth.tau[use]).statistic > 0.9
+
+
+def test_a_truth_needs_delays_and_takes_the_rest_for_granted(tmp_path):
+    (tmp_path / "truth.csv").write_text("gene,tau\nA,0.5\n")
+    truth = simulate.read_truth(tmp_path / "truth.csv")
+    assert truth.loc["A", ["tau", "changes", "has_link"]].tolist() == [0.5, True, True]
+    (tmp_path / "truth.csv").write_text("gene,delay\nA,0.5\n")
+    with pytest.raises(ValueError, match="no column tau"):
+        simulate.read_truth(tmp_path / "truth.csv")
