@@ -732,7 +732,7 @@ def draw(results, file):
         ax.set_yticklabels([])
     fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="below")
     fig.suptitle("Recovery of planted delays, a point per seed, bar = mean.  "
-                 "Above: 3 lineages, 3,000 cells, 400 genes.  Below: other sizes")
+                 "Above: 3 lineages, 3,000 cells, 400 genes.  Below: other sizes, another generator")
     file.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(file, dpi=110)
     plt.close(fig)
