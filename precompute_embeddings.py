@@ -684,8 +684,10 @@ def genes():
     spool, of_peaks, peaks = accessibility(cells, table)
     never = table.index[sum(np.bincount(block.indices, minlength=len(table)) for _, block in spool.blocks()) == 0]
     nowhere = table.index[table["start"].isna()]
-    print(f"accessibility is zero for {len(nowhere):,} genes without a position (first: {', '.join(nowhere[:3])}) and "
-          f"{len(never) - len(nowhere):,} without an open peak nearby")
+    if len(never):
+        first = f" (first: {', '.join(nowhere[:3])})" if len(nowhere) else ""
+        print(f"accessibility is zero for {len(nowhere):,} genes without a position{first} and "
+              f"{len(never) - len(nowhere):,} without an open peak nearby")
     facts = _facts("precompute_embeddings genes", key, start, {"encoder": of_atac["encoder"]}, cells,
                    metrics=dict(promoter_share=near, promoter_share_shifted=shifted),
                    genes_without_position=list(nowhere), genes_never_open=list(never.difference(nowhere)))
