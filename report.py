@@ -20,8 +20,8 @@ import simulate
 
 INPUTS = ("gene_tau_estimates.csv", "validation.json", "train_vf_curve.csv", "train_delay_curve.csv", "effendi.h5ad")
 BLUE, ORANGE, GREY = "#2b6ca3", "#d2691e", "#8a8a8a"
-CURVE_LABELS = {"held_out_nll": "held-out accessibility: -log likelihood (nats an entry)",
-                "gain_over_v0": "held-out RNA: gain over v = 0 (nats a cell)"}
+CURVE_LABELS = {"held_out_nll": "held-out accessibility:\n-log likelihood (nats an entry)",
+                "gain_over_v0": "held-out RNA:\ngain over v = 0 (nats a cell)"}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 10px;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}.pass{color:#1a7f37}.fail{color:#b3261e;font-weight:600}
