@@ -209,7 +209,7 @@ def results(model, data, extra, device):
     out = predict(model, data.z_atac, gene_emb, device, config.BATCH_SIZE)
     judged = {name: value.numpy() for name, value in saved["judged"].items()}
     judged = pd.DataFrame(judged, index=saved["genes"]).astype({"identifiable": "boolean"}).reindex(genes)
-    if bounds is not None:
+    if bounds is not None and judged["tau_low"].notna().any():                  # none where the gate was closed
         judged.loc[extra, ["tau_low", "tau_high"]] = bounds
     table = pd.DataFrame(dict(
         tau=out["tau"].mean(0), tau_low=judged["tau_low"], tau_high=judged["tau_high"], cell_sd=out["tau"].std(0),
