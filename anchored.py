@@ -69,13 +69,14 @@ def usual_members(n_cells):
 
 
 def fit(x, access, counts, gene_emb, rng, kernel=None, members=None, steps=800, epochs=20, processes=1, rna_only=None,
-        peaks=None):
+        peaks=None, device="cpu"):
     """Both stages, `members` times from different weights, held-out cells and batches; delays are averaged.
 
     members: None = usual_members; processes: how many of them are fitted at a time, one thread each. The result does
-    not depend on it. rna_only (M, G): counts of further cells, of which there is no ATAC; peaks: Peaks.
+    not depend on it. rna_only (M, G): counts of further cells, of which there is no ATAC; peaks: Peaks; device: where
+    fits are computed; what they find lies on the CPU.
     """
-    data = as_data(x, access, counts, gene_emb, rna_only, peaks)
+    data = as_data(x, access, counts, gene_emb, rna_only, peaks, device)
     members = members or usual_members(len(x))
     seeds = torch.randint(2**62, (members, 2), generator=rng).tolist()
     with Pool(data, min(processes, members)) as pool:
@@ -86,22 +87,22 @@ def fit(x, access, counts, gene_emb, rng, kernel=None, members=None, steps=800, 
     return combine(anchors, delays)
 
 
-def as_data(x, access, counts, gene_emb, rna_only=None, peaks=None):
-    """What both stages are fitted to, as float32 tensors and Peaks: the shared data of a workers.Pool."""
+def as_data(x, access, counts, gene_emb, rna_only=None, peaks=None, device="cpu"):
+    """What both stages are fitted to, as float32 tensors on the CPU and Peaks, and where: shared by a workers.Pool."""
     data = dict(x=x, access=access, counts=counts, gene_emb=gene_emb,
                 rna_only=counts[:0] if rna_only is None else rna_only)
-    return {k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()} | {"peaks": peaks}
+    return {k: torch.as_tensor(v, dtype=torch.float32) for k, v in data.items()} | {"peaks": peaks, "device": device}
 
 
 def _fit_anchor(data, seed, steps):
     return fit_anchor(data["x"], data["access"], data["gene_emb"], torch.Generator().manual_seed(seed), steps=steps,
-                      peaks=data["peaks"])
+                      peaks=data["peaks"], device=data["device"])
 
 
 def _fit_delay(data, anchor, seed, kernel, epochs):
     rng = torch.Generator().manual_seed(seed)
     return fit_delay(anchor, data["access"], data["counts"], rng, kernel, epochs=epochs,
-                     rna_only=data["rna_only"])
+                     rna_only=data["rna_only"], device=data["device"])
 
 
 def side_by_side(start, members, kernel):
@@ -153,9 +154,9 @@ class Halves:
 
 
 def split_half(x, access, counts, gene_emb, rng, kernel, members=1, steps=600, epochs=15, processes=1, rna_only=None,
-               peaks=None):
+               peaks=None, device="cpu"):
     """Both stages on two disjoint halves of the cells. Errors of either stage are drawn twice."""
-    data = as_data(x, access, counts, gene_emb, rna_only, peaks)
+    data = as_data(x, access, counts, gene_emb, rna_only, peaks, device)
     rows, jobs = draw_halves(data, rng)
     with Pool(data, min(processes, 2)) as pool:
         jobs = [pool.start(fit_cells, *job, kernel, members, steps, epochs) for job in jobs]
@@ -181,7 +182,7 @@ def fit_cells(data, rows, alone, seed, kernel, members=1, steps=600, epochs=15):
     rng = torch.Generator().manual_seed(seed)
     return fit(**cells, gene_emb=data["gene_emb"], rng=rng, kernel=kernel, members=members, steps=steps, epochs=epochs,
                rna_only=torch.as_tensor(data["rna_only"], dtype=torch.float32)[alone],
-               peaks=None if data["peaks"] is None else data["peaks"][rows])
+               peaks=None if data["peaks"] is None else data["peaks"][rows], device=data["device"])
 
 
 def informed(sd, prior_sd=1.0):
@@ -249,7 +250,8 @@ def bootstrap_replicate(data, seed, kernel):
     return fit_cells(data, rows, alone, seed, kernel, steps=500, epochs=12).log_tau
 
 
-def identifiable(result, access, counts, halves=None, least_counts=100, least_change=0.15, least_gain=2.0, seed=0):
+def identifiable(result, access, counts, halves=None, least_counts=100, least_change=0.15, least_gain=2.0, seed=0,
+                 device="cpu"):
     """Per gene (G,) whether the data can tell its delay, and the reason ("" where they can).
 
     seed draws the other genes whose chromatin must do worse than a gene's own.
@@ -259,7 +261,7 @@ def identifiable(result, access, counts, halves=None, least_counts=100, least_ch
     few = torch.minimum(access.sum(0), counts.sum(0)) < least_counts
     tests = [("too few counts", few), ("flat accessibility", change < least_change),
              ("likelihood flat in tau", ~informed(result.sd)), ("v = 0 as good", result.gene_gain < least_gain)]
-    lead = torch.stack([chromatin_lead(a, d, access, counts, generator(seed, "other genes", m))
+    lead = torch.stack([chromatin_lead(a, d, access, counts, generator(seed, "other genes", m), device=device)
                         for m, (a, d) in enumerate(zip(result.anchors, result.delays))]).mean(0)
     tests.append(("another gene's chromatin as good", lead <= 0))
     if halves is not None:

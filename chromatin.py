@@ -13,7 +13,7 @@ Shapes  N cells, G genes, C peaks of genes, J landmark states; x (N, 256), acces
 """
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class GeneReadout(nn.Module):
         r is the part of m's variance that the luck of which genes were drawn does not explain. Where hardly a gene
         keeps its level there is no such middle gene, and T does harm (LOG.md).
         """
-        self.landmarks = torch.empty(0, z.shape[1])
+        self.landmarks = z.new_empty(0, z.shape[1])
         relative = self(z).clamp_min(1e-30).log()
         relative = relative - relative.mean(0)
         middle = relative.median(1).values
@@ -117,7 +117,7 @@ class GeneReadout(nn.Module):
         noise = math.pi / 2 * deviation.square().mean() / relative.shape[1]
         r = (1 - noise / middle.var().clamp_min(1e-12)).clamp_min(0)
         enough = relative.shape[1] >= 30 and len(z) > 1
-        self.landmarks, self.log_size = z.clone(), r * (middle.mean() - middle) if enough else torch.zeros(len(z))
+        self.landmarks, self.log_size = z.clone(), r * (middle.mean() - middle) if enough else z.new_zeros(len(z))
 
     def own(self):
         """What belongs to one gene each."""
@@ -145,15 +145,15 @@ def read_as(readout, target, steps=10, penalty=0.1):
     damping of Levenberg and Marquardt.
     """
     hidden = readout.hidden(readout.landmarks).double()
-    h = torch.cat([readout.kappa * hidden[:, :-1], torch.ones(len(hidden), 1)], 1)             # (J, K + 1)
+    h = torch.cat([readout.kappa * hidden[:, :-1], hidden.new_ones(len(hidden), 1)], 1)          # (J, K + 1)
     hh = (h[:, :, None] * h[:, None]).flatten(1)                                # (J, (K + 1)^2)
     log_size, target = hidden[:, -1:], target.double()
     K, G = h.shape[1] - 1, target.shape[1]
     slope, bias, level = readout.e, readout.e @ readout.offset, readout.e @ readout.gain + math.log(4)
     alone = torch.cat([slope, bias[:, None], level[:, None] - math.log(2)], 1).double()        # without p, q, delta
     theta = alone + torch.cat([readout.delta, readout.q[:, None], readout.p[:, None] + math.log(2)], 1)
-    ridge = 2 * penalty * torch.cat([torch.full((K,), 1e-2 / K), torch.full((2,), 1e-4)]).double()
-    damping = torch.full((G,), 1e-3, dtype=torch.double)
+    ridge = 2 * penalty * torch.cat([torch.full((K,), 1e-2 / K), torch.full((2,), 1e-4)]).to(h)
+    damping = h.new_full((G,), 1e-3)
 
     def loss(theta):
         logit = h @ theta[:, :-1].T
@@ -165,7 +165,7 @@ def read_as(readout, target, steps=10, penalty=0.1):
         error = (D - target) / len(h)
         gradient = torch.cat([(error * closed).T @ h, error.sum(0)[:, None]], 1) + ridge * (theta - alone)
         fisher = D / len(h)
-        H = torch.empty(G, K + 2, K + 2, dtype=torch.double)
+        H = h.new_empty(G, K + 2, K + 2)
         H[:, :-1, :-1] = ((fisher * closed.square()).T @ hh).view(G, K + 1, K + 1)
         H[:, -1, :-1] = H[:, :-1, -1] = (fisher * closed).T @ h
         H[:, -1, -1] = fisher.sum(0)
@@ -257,14 +257,14 @@ def restore_anchor(state, x, gene_emb):
 
 @torch.no_grad()
 def gather(readout, access, depth, mean, peaks=None, block=4096):
-    """Seen, and the same counts of peaks (J, C), None without Peaks."""
+    """Seen, and the same counts of peaks (J, C) on the CPU, where Peaks are, None without Peaks."""
     counts, exposure, of_peaks = 0.0, 0.0, 0.0
     for rows in torch.arange(len(access)).split(block):
         P = state_posterior(readout, readout.landmarks, access[rows], depth[rows], mean)
         counts, exposure = counts + P.T @ access[rows], exposure + P.T @ depth[rows]
         if peaks is not None:
-            of_peaks = of_peaks + torch.from_numpy((peaks.counts[rows.numpy()].T @ P.numpy()).T.astype(np.float32))
-    return Seen(counts, exposure), None if peaks is None else of_peaks
+            of_peaks = of_peaks + (peaks.counts[rows.numpy()].T @ P.cpu().numpy()).T.astype(np.float32)
+    return Seen(counts, exposure), None if peaks is None else torch.from_numpy(of_peaks)
 
 
 def share_out(nodes, expected, peaks, n_genes):
@@ -303,6 +303,25 @@ def descend(loss, optimiser, schedule):
     schedule.step()
 
 
+def on(device, thing):
+    """A dataclass with its tensors and modules on a device: copies, but for what is there already."""
+    if torch.is_tensor(thing):
+        return thing.to(device)
+    if isinstance(thing, nn.Module):
+        there = next(iter((*thing.parameters(), *thing.buffers())), None)
+        return thing if there is None or there.device == torch.device(device) else copy.deepcopy(thing).to(device)
+    if isinstance(thing, dict):
+        return {name: on(device, value) for name, value in thing.items()}
+    if is_dataclass(thing):
+        return replace(thing, **{field.name: on(device, getattr(thing, field.name)) for field in fields(thing)})
+    return thing
+
+
+def noise_like(z, rng):
+    """Standard normal, drawn on the CPU so that every device sees the same."""
+    return torch.randn(z.shape, generator=rng).to(z.device)
+
+
 def split_cells(n, share, rng):
     """Shuffled cell indices: (kept, held out)."""
     order = torch.randperm(n, generator=rng)
@@ -311,18 +330,19 @@ def split_cells(n, share, rng):
 
 
 def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out=0.1, hidden=128, check=50,
-               peaks=None):
+               peaks=None, device="cpu"):
     """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
 
     AlignMLP and readout are fitted together first. Then every cell's state is inferred from its accessible genes
     (sharpen), which tells it better than its embedding alone, and AlignMLP learns to say the same.
-    Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU, peaks: Peaks
+    Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU, peaks: Peaks,
+            device: where it is computed, in float32 and float64; the Anchor lies on the CPU
     """
     torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))           # weights and dropout
-    x, access, gene_emb = (torch.as_tensor(a, dtype=torch.float32) for a in (x, access, gene_emb))
+    x, access, gene_emb = (torch.as_tensor(a, dtype=torch.float32, device=device) for a in (x, access, gene_emb))
     centre, scale = x.mean(0), (x - x.mean(0)).square().mean(0).max().sqrt().clamp_min(1e-12)
     xs = (x - centre) / scale
-    align, readout = AlignMLP(x.shape[1], LATENT, hidden), GeneReadout(gene_emb)
+    align, readout = AlignMLP(x.shape[1], LATENT, hidden).to(device), GeneReadout(gene_emb).to(device)
     own = [readout.delta, readout.p, readout.q]
     shared = [p for p in (*align.parameters(), *readout.parameters()) if not any(p is o for o in own)]
     opt = torch.optim.Adam([{"params": shared}, {"params": own}], lr=lr, fused=True)
@@ -331,9 +351,9 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
     train, out = split_cells(len(x), held_out, rng)
     best, history = (math.inf, 0, None), []
     for step in range(1, steps + 1):
-        rows = train[torch.randint(len(train), (batch,), generator=rng)]
+        rows = train[torch.randint(len(train), (batch,), generator=rng)].to(device)
         z = align(xs[rows])
-        z = z + NOISE * torch.randn(z.shape, generator=rng)
+        z = z + NOISE * noise_like(z, rng)
         loss = poisson_nll(depth[rows, None] * mean * readout(z), access[rows]) + readout.penalty()
         descend(loss, opt, schedule)
         if step % check == 0 or step == steps:
@@ -360,8 +380,8 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         z = align(x)
     readout.land(z[train[:N_LANDMARKS]])
     seen, of_peaks = gather(readout, access, depth, mean, peaks)
-    shares = None if peaks is None else share_out(readout.landmarks, of_peaks, peaks, len(mean))
-    return Anchor(align, readout, z, nll, step, history, seen, shares)
+    shares = None if peaks is None else share_out(readout.landmarks.cpu(), of_peaks, peaks, len(mean))
+    return on("cpu", Anchor(align, readout, z, nll, step, history, seen, shares))
 
 
 def sharpen(align, readout, x, access, depth, mean, train, rng, steps=100, lr=1e-2, align_steps=200, batch=512):
@@ -387,7 +407,7 @@ def sharpen(align, readout, x, access, depth, mean, train, rng, steps=100, lr=1e
     opt = torch.optim.Adam(params, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps + 1, pct_start=0.1)
     for _ in range(steps):
-        D = readout(nodes + NOISE / 3 * torch.randn(nodes.shape, generator=rng)).clamp_min(1e-30)
+        D = readout(nodes + NOISE / 3 * noise_like(nodes, rng)).clamp_min(1e-30)
         loss = (exposure[:, None] * mean * D - expected * D.log()).sum() / (len(train) * len(mean)) + readout.penalty()
         descend(loss, opt, schedule)
     with torch.no_grad():
@@ -397,7 +417,7 @@ def sharpen(align, readout, x, access, depth, mean, train, rng, steps=100, lr=1e
     opt = torch.optim.AdamW(align.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=align_steps + 1, pct_start=0.1)
     for _ in range(align_steps):
-        rows = torch.randint(len(x), (batch,), generator=rng)
+        rows = torch.randint(len(x), (batch,), generator=rng).to(x.device)
         loss = (align(x[rows]) - z[rows]).square().mean()
         descend(loss, opt, schedule)
 
@@ -428,8 +448,9 @@ def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=25
     mean = access.mean(0).clamp_min(1e-6)
     for _ in range(steps):
         rows = torch.randint(len(z), (batch,), generator=rng)
-        noisy = z[rows] + NOISE * torch.randn(batch, z.shape[1], generator=rng)
-        loss = poisson_nll(depth[rows, None] * mean * new(noisy), access[rows]) + new.penalty()
+        near = z[rows]
+        near = near + NOISE * noise_like(near, rng)
+        loss = poisson_nll(depth[rows, None] * mean * new(near), access[rows]) + new.penalty()
         grads = torch.autograd.grad(loss, own)
         for parameter, grad in zip(own, grads):
             parameter.grad = grad

@@ -214,8 +214,11 @@ def processes(pieces):
     return max(1, min(WORKERS or THREADS or cores, pieces))
 
 
-def pick_device():
-    """The torch device of this run; printed once with its reason. Also sets the number of CPU threads."""
+def pick_device(double=False):
+    """The torch device of this run; printed once with its reason. Also sets the number of CPU threads.
+
+    double: float64 is needed, which Apple's GPUs do not have.
+    """
     import torch
     if THREADS:
         torch.set_num_threads(THREADS)
@@ -227,13 +230,15 @@ def pick_device():
         name, why = "mps", "Apple silicon"
     else:
         name, why = "cpu", f"no GPU; {torch.get_num_threads()} threads"
+    if double and name == "mps":
+        name, why = "cpu", "float64 is needed, which mps lacks"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as err:
         raise ValueError(f"DEVICE={name!r} cannot be used here: {str(err).splitlines()[0]}\n"
                          "  Leave DEVICE=None for the best that is there, or set cpu.") from err
-    print(f"device: {device} ({why}), float32")
+    print(f"device: {device} ({why}), {'float32 and float64' if double else 'float32'}")
     return device
 
 

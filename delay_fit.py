@@ -33,6 +33,7 @@ from chromatin import (
     PeakShares,
     Seen,
     descend,
+    on,
     poisson_nll,
     read_as,
     size_factors,
@@ -168,7 +169,8 @@ class Residual:
         mean = (seen.counts.sum(0) / seen.exposure.sum()).clamp_min(1e-6)
         weight = (seen.exposure / readout.log_size.exp())[:, None].double() * mean / D             # 1 / variance
         n_axes = self.basis.shape[1]
-        self.precision = (weight.T @ products(self.basis)).view(-1, n_axes, n_axes) + torch.eye(n_axes)     # (G, R, R)
+        of_atac = (weight.T @ products(self.basis)).view(-1, n_axes, n_axes)
+        self.precision = of_atac + torch.eye(n_axes).to(of_atac)                # (G, R, R)
         self.pull = (seen.counts / D - weight * D).T @ self.basis                                  # (G, R)
 
 
@@ -199,7 +201,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
             zooms of amplitude_integrals
     Ref     Stephens 2017, False discovery rates: a new deal (a scale mixture whose shares the data choose)
     """
-    W = kernel_weights(LOG_TAU.exp(), times, kernel).double()
+    W = kernel_weights(LOG_TAU.exp(), times, kernel).to(states.device).double()
     D, basis = readout(states).double(), readout.near(states).double() @ residual.basis             # (T+1, J, G or R)
     now = now.clamp_min(0.05).double()
     w, wy = mean * exposure[:, None] / now, counts / now                        # 1 / variance of y, and that times y
@@ -222,7 +224,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
         each.append(amplitude_integrals(partial(
             given_amplitude, m=m[:, None], s=s[:, None], q=q, value=value.clamp_min(0)[..., None], n=n[:, None],
             y_mean=(y / n)[:, None], f_mean=f_mean[:, None], r_mean=axis.mT @ whiten((wr / n[:, None])[..., None])),
-            len(mean), *fineness))
+            len(mean), *fineness, device=mean.device))
     evidence = learned_mixture(torch.stack(each, 2), prior_mean, prior_sd)
     return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
 
@@ -241,7 +243,7 @@ def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
                         1 / n + A.square() * (r_mean.square() / scale).sum(1)])
 
 
-def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5):
+def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5, device="cpu"):
     """log int p(data, A, B) dA dB over 0 < A < largest, B > 0, for every scale of B's prior and n genes: (K, n).
 
     given: of A (n, k), as given_amplitude (3, n, k).
@@ -251,12 +253,12 @@ def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5):
     def with_height(A):                                     # how high, about: B < 0 costs half its square
         log_p, offset, variance = found = given(A)
         return torch.cat([found, (log_p - offset.clamp_max(0).square() / variance / 2)[None]])
-    A = torch.linspace(0, largest, points, dtype=torch.double).expand(n, -1)
+    A = torch.linspace(0, largest, points, dtype=torch.double, device=device).expand(n, -1)
     found = with_height(A)
     for _ in range(zooms):
         best = found[3].argmax(1, keepdim=True)
         low, high = (A.gather(1, (best + k).clamp(0, A.shape[1] - 1)) for k in (-2, 2))
-        more = low + (high - low) * (torch.arange(16) + 0.5) / 16
+        more = low + (high - low) * (torch.arange(16) + 0.5).to(low) / 16
         A, order = torch.cat([A, more], 1).sort(1)
         found = torch.cat([found, with_height(more)], 2).gather(2, order.expand(4, -1, -1))
     log_p, offset, variance, _ = found
@@ -280,9 +282,9 @@ def learned_mixture(each, prior_mean, prior_sd, rounds=1000):
 
     With few genes the shares are those that suit these few best.
     """
-    log_prior = torch.log_softmax(-((LOG_TAU - prior_mean[:, None]) / prior_sd).square().double() / 2, 1)
+    log_prior = torch.log_softmax(-((LOG_TAU.to(prior_mean) - prior_mean[:, None]) / prior_sd).square().double() / 2, 1)
     of_gene = torch.logsumexp(each + log_prior, 2)
-    share = torch.full((len(each), 1), 1 / len(each), dtype=torch.double)
+    share = each.new_full((len(each), 1), 1 / len(each))
     for _ in range(rounds):
         share = torch.softmax(of_gene + share.log(), 0).mean(1, keepdim=True).clamp_min(1e-9)
     return torch.logsumexp(each + share.log()[..., None], 0)
@@ -321,10 +323,11 @@ def weigh_peaks(part, W, w, wy):
 
 def posterior(log_like, prior_mean, prior_sd):
     """Posterior weights on the grid (G, U), posterior mean and sd (G,)."""
-    log_post = log_like - ((LOG_TAU - prior_mean[:, None]) / prior_sd).square() / 2
+    grid = LOG_TAU.to(prior_mean)
+    log_post = log_like - ((grid - prior_mean[:, None]) / prior_sd).square() / 2
     weights = torch.softmax(log_post.double(), 1).float()
-    mean = weights @ LOG_TAU
-    return weights, mean, (weights @ LOG_TAU.square() - mean.square()).clamp_min(1e-6).sqrt()
+    mean = weights @ grid
+    return weights, mean, (weights @ grid.square() - mean.square()).clamp_min(1e-6).sqrt()
 
 
 def gauge(mean, sd, prior_sd):
@@ -341,10 +344,10 @@ def head_means(gene_emb, log_tau, sd, prior_sd, ridge=10.0):
         mean_-g = (fit_g - h_g y_g) / (1 - h_g)     h the diagonal of the hat matrix
     Shrunk by its own leave-one-out slope, so that embeddings that predict nothing give the gauge's zero.
     """
-    e = torch.cat([gene_emb, torch.ones(len(gene_emb), 1)], 1).double()
+    e = torch.cat([gene_emb, gene_emb.new_ones(len(gene_emb), 1)], 1).double()
     w = (1 - (sd / prior_sd).square()).clamp_min(1e-3).double()
     we = e * w[:, None]
-    solve = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1], dtype=e.dtype), we.T)       # (K, G)
+    solve = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1]).to(e), we.T)                # (K, G)
     h = (e * solve.T).sum(1).clamp_max(0.99)
     y = log_tau.double()
     left_out = (e @ (solve @ y) - h * y) / (1 - h)
@@ -455,7 +458,7 @@ def still_cells(z, readout, counts, depth, offset, mean, train, out):
 
     offset (N,): exposures to begin with.
     """
-    own = torch.ones(len(mean), 1)
+    own = mean.new_ones(len(mean), 1)
     for _ in range(2):
         _, a, b = still_genes(z[train], readout, counts[train], offset[train], mean)
         offset = exposures(z[None], readout, own, a, b, depth, mean)
@@ -524,7 +527,7 @@ def moved(anchor, delay, counts, times=TIMES):
 
 
 def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2,
-              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, rna_only=None, field=None):
+              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, rna_only=None, field=None, device="cpu"):
     """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
@@ -532,14 +535,15 @@ def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every
     from the better one as well as a fit of its own is, in a third of the time. It has trained longer than what it is
     compared with; so one that wins only earns a fit of its own, which has to win too.
     Shapes  anchor: on the N cells; access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which
-            join the E-steps; field: a function that is given the _EM and returns the field to start from
+            join the E-steps; field: a function that is given the _EM and returns the field to start from;
+            device: where it is computed, in float32 and float64; the DelayFit lies on the CPU
     """
     least = warm if anchor.peaks is None else warm + every
     if epochs < least:
         raise ValueError(f"EM_EPOCHS={epochs}: at least {least} epochs come before the E-steps that are needed.\n"
                          "  Leave it at its default.")
     seed = int(torch.randint(2**31, (1,), generator=rng))                       # weights of the field
-    em = _EM.of(anchor, access, counts, rng, held_out, times, prior_sd, batch, kinetic, rna_only)
+    em = _EM.of(on(device, anchor), access, counts, rng, held_out, times, prior_sd, batch, kinetic, rna_only)
     start = rng.get_state()
 
     def fitted(name):
@@ -552,7 +556,7 @@ def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every
         other = em.run(em.begin(name, first), rng, *TRIAL)
         if z_score(other.held_out - first.held_out) > 2:
             best = max(best, fitted(name), key=lambda flow: flow.held_out.mean())
-    return em.describe(best, rng)
+    return on("cpu", em.describe(best, rng))
 
 
 def z_score(gain):
@@ -610,8 +614,8 @@ class _EM:
     @classmethod
     def of(cls, anchor, access, counts, rng, held_out=0.1, times=TIMES, prior_sd=1.0, batch=256, kinetic=0.012,
            rna_only=None):
-        access, counts = (torch.as_tensor(a, dtype=torch.float32) for a in (access, counts))
-        rna_only = torch.as_tensor(counts[:0] if rna_only is None else rna_only, dtype=torch.float32)
+        access, counts, rna_only = (torch.as_tensor(a, dtype=torch.float32, device=anchor.z.device) for a in (
+            access, counts, counts[:0] if rna_only is None else rna_only))
         train, out = split_cells(len(counts), held_out, rng)
         with torch.no_grad():
             given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, *size_factors(access))
@@ -623,9 +627,10 @@ class _EM:
         """The start of a fit, or what a fit with another kernel has reached, read with this one."""
         n_genes, n_peaks = len(self.mean), 0 if self.peaks is None else len(self.peaks.gene)
         if after is None:
-            return _Flow(EffendiVectorField(LATENT, 128), kernel, torch.zeros(n_genes), torch.full((n_genes,), 0.8),
-                         torch.full((n_genes,), 0.2), torch.zeros(n_genes), self.readout, torch.ones(n_peaks),
-                         torch.full((n_peaks,), PEAK_SD))
+            new = self.mean.new_full
+            return _Flow(EffendiVectorField(LATENT, 128).to(self.z.device), kernel, new((n_genes,), 0.0),
+                         new((n_genes,), 0.8), new((n_genes,), 0.2), new((n_genes,), 0.0), self.readout,
+                         new((n_peaks,), 1.0), new((n_peaks,), PEAK_SD))
         flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None, kernel=kernel)
         return self.e_step(flow if self.peaks is None else self.weigh(flow))
 
@@ -699,7 +704,7 @@ class _EM:
         courses, weights, variances, weighed = [], [], [], []
         for genes in torch.arange(len(self.mean)).split(32):
             evidence, centre, spread, part = explain(genes, genes)
-            prior = ((LOG_TAU - flow.prior[genes, None]) / self.prior_sd).square() / 2
+            prior = ((LOG_TAU.to(flow.prior) - flow.prior[genes, None]) / self.prior_sd).square() / 2
             tau = torch.softmax(evidence - prior, 1).float()[:, None]           # (g, 1, U)
             b = tau @ centre                                                    # (g, 1, k)
             upright = (part * b[:, 0]).sum((0, 2)) > 0
@@ -723,7 +728,7 @@ class _EM:
         now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B).clamp_min(0.05)     # (J, G)
         W = kernel_weights(grid.exp(), self.times, flow.kernel)
         D, near = self.readout(states), self.readout.near(states)               # (T+1, J, G), (T+1, J, J)
-        peaks = self.peaks or PeakShares(torch.arange(len(self.mean)), torch.ones(D.shape[1:]))
+        peaks = self.peaks or PeakShares(torch.arange(len(self.mean), device=D.device), D.new_ones(D.shape[1:]))
         of_genes, shares = peaks.of_genes(len(self.mean)), nn.functional.pad(peaks.share, (0, 1))
 
         def explain(genes, whose):
@@ -751,7 +756,7 @@ class _EM:
         for epoch in range(1, epochs + 1):
             field.train()
             weights = self.weights(flow)
-            for rows in train[torch.randperm(len(train), generator=rng)].split(self.batch):
+            for rows in train[torch.randperm(len(train), generator=rng)].to(self.z.device).split(self.batch):
                 states, speed_sq = moving_path(field, self.z[rows], self.times)
                 yhat = predict(states, flow.readout, weights, flow.A, flow.B)
                 loss = poisson_nll(offset[rows, None] * self.mean * yhat, self.counts[rows]) + self.kinetic * speed_sq
@@ -822,28 +827,29 @@ class _EM:
 
 
 @torch.no_grad()
-def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0):
+def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0, device="cpu"):
     """Nats by which a gene's own chromatin, moved by the flow, beats the best of some other genes' (G,).
 
         log sum_u exp(E_g(u) - u^2 / 2)       E the evidence of weigh_peaks, less the largest with another's peaks
     Whosever they are, peaks are weighed anew to explain the gene. A gene that follows other chromatin than its own
     leads one time in others + 1, and its delay means nothing.
     """
+    anchor, delay = on(device, anchor), on(device, delay)
     em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)
     n = len(em.mean)
-    flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, torch.zeros(n),
+    flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, em.mean.new_zeros(n),
                  delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
-    grid = LOG_TAU[::2]
+    grid = LOG_TAU[::2].to(device)
     explain = em.explainer(flow, torch.arange(len(counts)), grid)
 
     def evidence(whose):
         return torch.cat([torch.logsumexp(explain(genes, whose[genes])[0] - (grid / prior_sd).square() / 2, 1)
                           for genes in torch.arange(n).split(32)])
-    best = torch.full((n,), -torch.inf, dtype=torch.double)
+    best = torch.full((n,), -torch.inf, dtype=torch.double, device=device)
     for _ in range(others):
         another = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=rng)) % n      # never its own
         best = torch.maximum(best, evidence(another))
-    return (evidence(torch.arange(n)) - best).float()
+    return (evidence(torch.arange(n)) - best).float().cpu()
 
 
 # --- genes that were not fitted ----------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ class Kept:
 def fit_member(shared, m, kernel):
     rng = anchored.generator(shared["seed"], "delay", m)
     return delay_fit.fit_delay(shared["members"][m], shared["access"], shared["counts"], rng, kernel, shared["epochs"],
-                              held_out=shared["held_out"], rna_only=shared["rna_only"])
+                              held_out=shared["held_out"], rna_only=shared["rna_only"], device=shared["device"])
 
 
 def bootstrap(pool, kernel, done, key):
@@ -363,13 +363,13 @@ def run_anchored():
     start = time.time()
     get_ready(config.processes(2))
     data, members = load_anchored()
-    device = config.pick_device()
+    device = config.pick_device(double=True)
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
     anchors = [chromatin.restore_anchor(m, data["x"], data["emb"]) for m in members]
     done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
     shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"],
                   rna_only=data["rna_only"], peaks=data["peaks"], seed=config.SEED, members=anchors,
-                  epochs=config.EM_EPOCHS, held_out=config.HELD_OUT)
+                  epochs=config.EM_EPOCHS, held_out=config.HELD_OUT, device=device)
     with Pool(shared, config.processes(len(anchors) + 2 + config.BOOTSTRAP)) as pool:
         result = fit_members(pool, anchors, done, key)
         before = build_anchored(result, data, None, None)
@@ -384,7 +384,7 @@ def run_anchored():
                                   anchored.generator(config.SEED, "groups", 0))
     shift, reliability = anchored.modulation(result, halves, data["y"], groups)
     low, high = anchored.intervals(result.log_tau, result.sd, replicates)
-    ok, why = anchored.identifiable(result, data["access"], data["y"], halves)
+    ok, why = anchored.identifiable(result, data["access"], data["y"], halves, device=device)
     if not gate.open:                                       # intervals would look as if something were known
         ok, low, high = torch.zeros_like(ok), *torch.full((2, len(ok)), torch.nan)
         why = ["the run's gate is closed" + (f"; {reason}" if reason else "") for reason in why]

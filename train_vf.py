@@ -163,7 +163,7 @@ def fit_member(shared, member):
     """One member of Stage 1 as plain values and tensors: a job of workers.Pool."""
     rng = anchored.generator(shared["seed"], "anchor", member)
     return chromatin.fit_anchor(shared["x"], shared["access"], shared["gene_emb"], rng, steps=shared["steps"],
-                               peaks=shared["peaks"]).state()
+                               peaks=shared["peaks"], device=shared["device"]).state()
 
 
 def run_anchored():
@@ -181,7 +181,8 @@ def run_anchored():
     paired = effendi_loader.pair(*map(artifacts.load_table, ("effendi_rna_obs.csv", "effendi_atac_obs.csv")))[0]
     members = range(config.MEMBERS or anchored.usual_members(len(paired)))
     left = [m for m in members if m not in saved]
-    shared = dict(x=x, access=access, gene_emb=gene_emb, peaks=peaks, steps=config.ANCHOR_STEPS, seed=config.SEED)
+    shared = dict(x=x, access=access, gene_emb=gene_emb, peaks=peaks, steps=config.ANCHOR_STEPS, seed=config.SEED,
+                  device=config.pick_device(double=True))
     bar = tqdm(total=len(members), initial=len(saved), unit="fit", desc="members", leave=False, disable=None)
     with bar, Pool(shared, config.processes(len(left))) as pool:
         for member, found in pool.each(fit_member, left):

@@ -1,5 +1,7 @@
 """Seconds of a fit (its usual members, kernel chosen) and of bootstrap refits, members and refits over processes.
 
+--device cuda: the same on a GPU, which the processes share; the first fit of a process also loads CUDA.
+
 Shallow counts, first-order lags, 3 lineages. Run it on an otherwise idle machine. What processes come from is started
 beforehand, as run.py does while it reads the data, and its seconds are given apart.
 
@@ -36,12 +38,13 @@ def main():
     parser.add_argument("--genes", type=int, default=400)
     parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--refits", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=120)
     args = parser.parse_args()
     torch.set_num_threads(1)
     known_truth.SIZES["own"] = dict(cells=args.cells, genes=args.genes)
     data, _ = known_truth.make("own", "shallow", "exp", args.seed)
-    cells = known_truth.tensors(data)
+    cells = known_truth.tensors(data) | {"device": args.device}
     planted = torch.as_tensor(np.log(data.truth.tau.to_numpy())[data.used])
     for processes in args.processes:
         start = time.time()
@@ -52,7 +55,7 @@ def main():
         start = time.time()
         found = anchored.fit(**cells, rng=anchored.generator(args.seed, "fit"), processes=processes)
         rho = anchored.spearman(found.log_tau[torch.as_tensor(data.used)], planted)
-        print(f"{args.cells:,} cells x {len(data.truth):,} genes, {processes} processes: fit "
+        print(f"{args.cells:,} cells x {len(data.truth):,} genes, {args.device}, {processes} processes: fit "
               f"{time.time() - start:.1f} s after {ready:.1f} s of starting processes, Spearman {rho:.3f}", flush=True)
         if args.refits:
             start = time.time()
