@@ -234,6 +234,10 @@ def pick_device(double=False):
         name, why = "cpu", "float64 is needed, which mps lacks"
     try:
         device = torch.device(name)
+        if device.type == "cuda":                           # atomic additions would come in another order each time
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as err:
         raise ValueError(f"DEVICE={name!r} cannot be used here: {str(err).splitlines()[0]}\n"

@@ -726,7 +726,7 @@ class _EM:
         """A function that explains genes by peaks of others: what weigh_peaks says, and these at t = 0 (J, g, k)."""
         states, counts, exposure = self.at_landmarks(flow, rows)
         now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B).clamp_min(0.05)     # (J, G)
-        W = kernel_weights(grid.exp(), self.times, flow.kernel)
+        W = kernel_weights(grid.exp(), self.times, flow.kernel).to(self.z.device)
         D, near = self.readout(states), self.readout.near(states)               # (T+1, J, G), (T+1, J, J)
         peaks = self.peaks or PeakShares(torch.arange(len(self.mean), device=D.device), D.new_ones(D.shape[1:]))
         of_genes, shares = peaks.of_genes(len(self.mean)), nn.functional.pad(peaks.share, (0, 1))

@@ -13,6 +13,7 @@ from test_inference import SMALL
 import anchored
 import artifacts
 import chromatin
+import config
 import delay_fit
 import hyenadna_encoder
 import inference
@@ -51,8 +52,9 @@ def test_the_evidence_of_delays_is_that_of_the_cpu(data, anchor):
         near = there.readout.near(there.z)
         counted, exposure = near.T @ seen, near.sum(0)
         now = there.readout(there.readout.landmarks)
-        residual, prior = delay_fit.Residual(there.readout, there.seen), torch.zeros_like(mean)
-        evidence = delay_fit.grid_evidence(states, there.readout, counted, exposure, mean, "exp", now, residual, prior, 1.0)
+        evidence = delay_fit.grid_evidence(
+            states, there.readout, counted, exposure, mean, "exp", now, delay_fit.Residual(there.readout, there.seen),
+            torch.zeros_like(mean), 1.0)
         like, a, b = delay_fit.grid_likelihood(states, there.readout, counted, exposure, mean, "exp")
         both.append([part.cpu() for part in (evidence, like - like.amax(1, keepdim=True), a, b)])
     for cpu, gpu in zip(*both):                             # sums of float32 products in another order
@@ -87,7 +89,8 @@ def test_the_specification_trains_alike_and_repeats_itself(tiny):
         model, history = train_delay.fit(data, stage1.align.cpu().state_dict(), stage1.field.cpu().state_dict(),
                                          torch.device(device), 0)
         return model, [*curve, *history]
-    tiny.VF_EPOCHS = 2
+    tiny.VF_EPOCHS, tiny.DEVICE = 2, DEVICE
+    config.pick_device()                                    # which asks for repeatable sums
     (_, on_cpu), (gpu, on_gpu), (again, _) = fit("cpu"), fit(DEVICE), fit(DEVICE)
     assert equal(gpu.cpu(), again.cpu())
     for a, b in zip(on_cpu, on_gpu, strict=True):           # dropout draws differ
