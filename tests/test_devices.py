@@ -1,5 +1,10 @@
-"""The same on an NVIDIA GPU as on the CPU: the fits, the encoders, the specification's training, the whole pipeline."""
+"""The same on an NVIDIA GPU as on the CPU: the fits, the encoders, the specification's training, the whole pipeline.
+
+Without a GPU one test is left: marked tensors stand in for those of a GPU.
+"""
+import copy
 import math
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,6 +14,8 @@ import test_scgpt_encoder
 import test_train_delay
 import torch
 from test_inference import SMALL
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 import anchored
 import artifacts
@@ -22,7 +29,7 @@ import train_delay
 import train_vf
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 tiny = test_train_delay.tiny                                # a fixture
 
 
@@ -41,6 +48,79 @@ def equal(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+# --- without a GPU -------------------------------------------------------------------------------------------------
+
+ELSEWHERE = torch.device("meta")                            # what marked tensors call their device
+
+
+class Marked(torch.Tensor):
+    """A tensor of the CPU that passes for one of a GPU."""
+
+
+class TwoDevices(TorchFunctionMode):
+    """Marked tensors and others do not mix, but for indices and single numbers, as on a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if torch.is_tensor(t)]
+        if name == "__get__":
+            asked = func == torch.Tensor.device.__get__ and isinstance(args[0], Marked)
+            return ELSEWHERE if asked else func(*args, **kwargs)
+        if name == "cpu":
+            return args[0].as_subclass(torch.Tensor)
+        if name == "to" and any(isinstance(a, (torch.device, str, torch.Tensor)) for a in args[1:]):
+            like = args[1]
+            there = like == ELSEWHERE if isinstance(like, torch.device) else isinstance(like, Marked)
+            dtype = like.dtype if torch.is_tensor(like) else args[0].dtype
+            return args[0].as_subclass(torch.Tensor).to(dtype).as_subclass(Marked if there else torch.Tensor)
+        if kwargs.get("device") == ELSEWHERE:
+            return func(*args, **kwargs | {"device": "cpu"}).as_subclass(Marked)
+        marked = {isinstance(t, Marked) for t in tensors if t.dim() or isinstance(t, Marked)}
+        if len(marked) > 1 and name != "__getitem__" or name == "numpy" and True in marked:
+            raise RuntimeError(f"{name} of tensors on two devices: {[(type(t), t.shape) for t in tensors]}")
+        return func(*args, **kwargs)
+
+
+def mark(thing):
+    """chromatin.on for the device that is not there."""
+    if torch.is_tensor(thing):
+        return thing.detach().clone().as_subclass(Marked)
+    if isinstance(thing, torch.nn.Module):
+        new = copy.deepcopy(thing)
+        for module in new.modules():
+            for name, value in module._parameters.items():
+                module._parameters[name] = torch.nn.Parameter(mark(value), requires_grad=value.requires_grad)
+            for name, value in module._buffers.items():
+                module._buffers[name] = None if value is None else mark(value)
+        return new
+    if isinstance(thing, dict):
+        return {name: mark(value) for name, value in thing.items()}
+    if is_dataclass(thing):
+        return replace(thing, **{field.name: mark(getattr(thing, field.name)) for field in fields(thing)})
+    return thing
+
+
+def test_every_tensor_of_the_e_steps_lies_where_the_cells_are():
+    x, access, counts, emb, peaks, _ = test_anchored.split_peaks(0.5, 0, cells=300)
+    anchor = chromatin.fit_anchor(x, access, emb, torch.Generator().manual_seed(0), steps=50, peaks=peaks)
+    delay = delay_fit.fit_delay(anchor, access, counts, torch.Generator().manual_seed(0), "exp", epochs=9)
+    rng, there, n = torch.Generator().manual_seed(0), mark(anchor), len(emb)
+    flow = mark(delay_fit._Flow(delay.field, "exp", delay.log_tau, delay.A, delay.B, torch.zeros(n),
+                                delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd, delay.held_out))
+    with TwoDevices(), torch.no_grad():
+        em = delay_fit._EM.of(there, access, counts, rng)
+        assert isinstance(em.counts, Marked) and isinstance(em.e_step(flow).log_tau, Marked)
+        assert isinstance(em.weigh(flow).readout.delta, Marked)
+        assert isinstance(em.describe(flow, rng).log_tau, Marked)
+        lead = delay_fit.chromatin_lead(there, mark(delay), access, counts, rng, others=1, device=ELSEWHERE)
+        assert not isinstance(lead, Marked)
+        with pytest.raises(RuntimeError, match="two devices"):
+            flow.log_tau + torch.zeros(n)                   # the stand-in would notice
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------
+
+@needs_gpu
 def test_the_evidence_of_delays_is_that_of_the_cpu(data, anchor):
     _, _, counts, _, _ = data
     both = []
@@ -61,6 +141,7 @@ def test_the_evidence_of_delays_is_that_of_the_cpu(data, anchor):
         torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=2e-3)
 
 
+@needs_gpu
 def test_delays_are_those_of_the_cpu_up_to_what_another_seed_changes(data, anchor):
     x, access, counts, emb, log_tau = data
     def fit(seed, device):
@@ -74,6 +155,7 @@ def test_delays_are_those_of_the_cpu_up_to_what_another_seed_changes(data, ancho
     assert anchored.spearman(cpu.log_tau, gpu.log_tau) > 0.8
 
 
+@needs_gpu
 def test_what_delays_are_worth_is_judged_the_same(data):
     x, access, counts, emb, _ = data
     rng = torch.Generator().manual_seed(0)
@@ -82,6 +164,7 @@ def test_what_delays_are_worth_is_judged_the_same(data):
     assert (ok == ok_gpu).float().mean() > 0.95 and set(why_gpu) <= set(why) | {"another gene's chromatin as good"}
 
 
+@needs_gpu
 def test_the_specification_trains_alike_and_repeats_itself(tiny):
     def fit(device):
         data = test_train_delay.data()
@@ -98,6 +181,7 @@ def test_the_specification_trains_alike_and_repeats_itself(tiny):
             assert name not in a or math.isclose(a[name], b[name], rel_tol=0.2), (name, a[name], b[name])
 
 
+@needs_gpu
 @pytest.mark.parametrize("layout", ["flash", "stock"])
 def test_scgpt_embeds_cells_as_on_the_cpu(tmp_path, layout):
     folder, cells = test_scgpt_encoder.write_folder(tmp_path / "model", layout), test_scgpt_encoder.cells(40)
@@ -108,6 +192,7 @@ def test_scgpt_embeds_cells_as_on_the_cpu(tmp_path, layout):
         assert cosine.min() > (0.999 if "dtype" in options else 1 - 1e-5)       # 8 bits of mantissa; round-off
 
 
+@needs_gpu
 def test_hyenadna_embeds_sequences_as_on_the_cpu(tmp_path, settings):
     settings.HYENADNA_D_MODEL = test_hyenadna_encoder.SMALL["d_model"]
     test_hyenadna_encoder.write_hf(tmp_path / "model")
@@ -119,6 +204,7 @@ def test_hyenadna_embeds_sequences_as_on_the_cpu(tmp_path, settings):
     np.testing.assert_allclose(np.asarray(gpu), np.asarray(cpu), rtol=1e-3, atol=1e-4)      # FFTs of another library
 
 
+@needs_gpu
 @pytest.mark.parametrize("objective", ["anchored", "specification"])
 def test_the_whole_pipeline_runs_and_its_model_serves_a_machine_without_gpu(tmp_path, objective):
     simulated = ["--set", "SIM_CELLS=300", "--set", "SIM_GENES=60", "--set", f"OBJECTIVE={objective}"]
