@@ -204,18 +204,28 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     W = kernel_weights(LOG_TAU.exp(), times, kernel).to(states.device).double()
     D, basis = readout(states).double(), readout.near(states).double() @ residual.basis             # (T+1, J, G or R)
     now = now.clamp_min(0.05).double()
-    w, wy = mean * exposure[:, None] / now, counts / now                        # 1 / variance of y, and that times y
+    courses = ([torch.einsum("s,sjk->jk", weights, part) for part in (D, basis)] for weights in W)
+    return evidence_of_courses(courses, mean * exposure[:, None] / now, counts / now, residual.precision, residual.pull,
+                               prior_mean, prior_sd, fineness)
+
+
+def evidence_of_courses(courses, w, wy, precision, pull, prior_mean, prior_sd, fineness=(101, 4)):
+    """grid_evidence for genes that are read as f + r c at every tau of the grid.
+
+    c ~ N(precision^-1 pull, precision^-1) is what ATAC knows of it.
+    Shapes  courses U pairs of f (J, G) and r (J, R); w and wy (J, G) precision of y and that times y;
+            precision (G, R, R), pull (G, R) -> (G, U)
+    """
     n, y = w.sum(0), wy.sum(0)                                                  # B is integrated out by these
-    factor, each = torch.linalg.cholesky(residual.precision), []
+    factor, each = torch.linalg.cholesky(precision), []
 
     def whiten(x):
         return torch.linalg.solve_triangular(factor, x, upper=False)
-    pull = whiten(residual.pull[..., None])
-    for weights in W:
-        f, r = (torch.einsum("s,sjk->jk", weights, part) for part in (D, basis))
+    pull = whiten(pull[..., None])
+    for f, r in courses:
         wf, wr = w * f, w.T @ r
         f_mean = wf.sum(0) / n
-        known = (w.T @ products(r)).view(residual.precision.shape) - wr[:, :, None] * wr[:, None] / n[:, None, None]
+        known = (w.T @ products(r)).view(precision.shape) - wr[:, :, None] * wr[:, None] / n[:, None, None]
         value, axis = torch.linalg.eigh(whiten(whiten(known).mT))
         q = [axis.mT @ part for part in (                   # q_0 + A q_1 - A^2 q_2 on these axes
             pull, whiten((wy.T @ r - wr * (y / n)[:, None])[..., None]),
@@ -224,7 +234,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
         each.append(amplitude_integrals(partial(
             given_amplitude, m=m[:, None], s=s[:, None], q=q, value=value.clamp_min(0)[..., None], n=n[:, None],
             y_mean=(y / n)[:, None], f_mean=f_mean[:, None], r_mean=axis.mT @ whiten((wr / n[:, None])[..., None])),
-            len(mean), *fineness, device=mean.device))
+            len(n), *fineness, device=n.device))
     evidence = learned_mixture(torch.stack(each, 2), prior_mean, prior_sd)
     return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
 
