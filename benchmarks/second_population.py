@@ -13,7 +13,10 @@ cells, counts and delays are distributed otherwise, so that a result that only h
 
 Depths, shares of flat genes, t_max, t_branch and what the tables hold are those of simulate.py.
 
-Use     python benchmarks/known_truth.py --sizes second
+With courses=one_switch the same, but every gene opens or closes once. That is the hardest kind for delays: a gene says
+nothing of the pace of the process but where it switches.
+
+Use     python benchmarks/known_truth.py --sizes second,switches
 """
 import sys
 from pathlib import Path
@@ -33,13 +36,16 @@ SPACING = 260_000           # bp from gene to gene
 PEAK = 500                  # bp
 
 
-def population(depth="deep", kernel="exp", seed=0, cells=3000, genes=400):
-    """The data set as simulate.simulate gives one; of `population` only the options are there."""
+def population(depth="deep", kernel="exp", seed=0, cells=3000, genes=400, courses=None):
+    """The data set as simulate.simulate gives one; of `population` only the options are there.
+
+    courses(rng, t, o, flat) -> accessibility (L, T, G), None = accessibility.
+    """
     o = simulate.Options(cells=cells, genes=genes, kernel=kernel, depth=depth, seed=seed)
     rng, of_cells, of_peaks = o.rng("second genes"), o.cell_rng("second cells"), o.rng("second peaks")
     t = np.linspace(0, o.t_max, 301)
     flat = rng.random(genes) < o.flat
-    a = accessibility(rng, t, o, flat)                                          # (L, T, G)
+    a = (courses or accessibility)(rng, t, o, flat)                             # (L, T, G)
     tau = np.exp(rng.normal(np.log(0.6), 0.75, genes)).clip(0.1, 3.0)
     basal = np.where(rng.random(genes) < 0.5, rng.uniform(0, 0.4, genes), 0.0) * a.mean((0, 1))
     y = delayed(a, tau, t, kernel) + basal
@@ -66,7 +72,8 @@ def population(depth="deep", kernel="exp", seed=0, cells=3000, genes=400):
         return anndata.AnnData(sp.csr_matrix(x.astype(np.float32)), obs=truth_of_cells[[]], var=var)
     return simulate.Simulation(
         rna=modality(rna, table), atac=modality(atac, peaks), cells=truth_of_cells, peaks=peaks,
-        truth=table.assign(tau=tau, has_link=True, changes=~flat, kernel=kernel), population=SimpleNamespace(o=o))
+        truth=table.assign(tau=tau, has_link=True, changes=np.ptp(a, (0, 1)) > 1e-3, kernel=kernel),
+        population=SimpleNamespace(o=o))
 
 
 def smooth(rng, t, n, width):
@@ -90,6 +97,16 @@ def accessibility(rng, t, o, flat):
     log = over_tree(rng, t, o, REGULATORS) @ weight + 0.4 * over_tree(rng, t, o, o.genes)
     opened = np.exp(1.2 * np.where(flat, 0.0, log))
     return opened / (1 + 0.3 * opened)
+
+
+def one_switch(rng, t, o, flat):
+    """Sigmoids from 0.1-0.35 to 1 or back; after the branch in each lineage with probability 0.6."""
+    n = len(flat)
+    when, width, least = rng.uniform(0.2, o.t_max - 0.2, n), rng.uniform(0.1, 0.4, n), rng.uniform(0.1, 0.35, n)
+    opens = rng.random(n) < 0.5
+    there = (when < o.t_branch) | (rng.random((o.lineages, n)) < 0.6)
+    switched = there[:, None] / (1 + np.exp(-(t[:, None] - when) / width))
+    return np.where(flat, 0.6, least + (1 - least) * np.where(opens, switched, 1 - switched))
 
 
 def delayed(a, tau, t, kernel):
