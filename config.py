@@ -18,7 +18,8 @@ import typing
 # --- where, on what, and how repeatable ---------------------------------------------------------------
 OUT_DIR: str = "effendi_output"
 SEED: int = 0
-DEVICE: str | None = None               # None = cuda, else mps, else cpu
+DEVICE: str | None = None               # None = cuda, else mps, else cpu; the identifiable model is fitted on the CPU
+                                        # unless this says cuda
 THREADS: int | None = None              # CPU threads; None = as many as the machine has cores
 DEBUG: bool = False                     # True = show the traceback behind an error message
 BLOCK_ROWS: int = 2048                  # cells read from disk at a time; bounds the memory of Stage 0
@@ -139,7 +140,7 @@ EM_EPOCHS: int = 20                     # Stage 2.1: expectation-maximisation
 MIN_ACCESS: int = 20                    # accessible counts below which a gene has no readout of its own
 CELL_GROUPS: int = 12                   # Stage 2.2: groups of cells whose delays may differ; 1 = none
 BOOTSTRAP: int = 20                     # Stage 2.2: refits of both stages behind the intervals; 0 = posterior alone
-WORKERS: int | None = None              # processes for fits and refits; None = one a core
+WORKERS: int | None = None              # processes for fits and refits; None = one a core, two on a GPU
 
 
 CHOICES = {"OBJECTIVE": ("anchored", "specification"), "KERNEL": (None, "exp", "shift", "gamma"),
@@ -208,17 +209,15 @@ def from_args(doc, argv=None, arguments=None):
     return args
 
 
-def processes(pieces):
-    """How many processes independent pieces of work get."""
+def processes(pieces, device=None):
+    """How many processes independent pieces of work get; two where they share the memory of a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(WORKERS or THREADS or cores, pieces))
+    usual = 2 if device is not None and device.type == "cuda" else THREADS or cores
+    return max(1, min(WORKERS or usual, pieces))
 
 
-def pick_device(double=False):
-    """The torch device of this run; printed once with its reason. Also sets the number of CPU threads.
-
-    double: float64 is needed, which Apple's GPUs do not have.
-    """
+def pick_device():
+    """The torch device of this run; printed once with its reason. Also sets the number of CPU threads."""
     import torch
     if THREADS:
         torch.set_num_threads(THREADS)
@@ -230,20 +229,32 @@ def pick_device(double=False):
         name, why = "mps", "Apple silicon"
     else:
         name, why = "cpu", f"no GPU; {torch.get_num_threads()} threads"
-    if double and name == "mps":
-        name, why = "cpu", "float64 is needed, which mps lacks"
     try:
         device = torch.device(name)
-        if device.type == "cuda":                           # atomic additions would come in another order each time
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as err:
         raise ValueError(f"DEVICE={name!r} cannot be used here: {str(err).splitlines()[0]}\n"
                          "  Leave DEVICE=None for the best that is there, or set cpu.") from err
-    print(f"device: {device} ({why}), {'float32 and float64' if double else 'float32'}")
+    print(f"device: {device} ({why}), float32")
     return device
+
+
+def fit_device(device):
+    """Where the identifiable model is fitted: the CPU, unless DEVICE itself asks for an NVIDIA GPU.
+
+    The fits are small, and need float64, which Apple's GPUs lack.
+    """
+    import torch
+    return device if DEVICE and device.type == "cuda" else torch.device("cpu")
+
+
+def make_repeatable(device):
+    """On a GPU sums come in another order each time unless asked for; what cannot be had in a set order warns."""
+    import torch
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def snapshot():

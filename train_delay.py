@@ -113,6 +113,7 @@ def fit(data, align_state, field_state, device, seed, resume=None, checkpoint=No
     resume        a state that checkpoint(state) was given, to go on from it
     after_stage1  called with the model when Stage 2.1 ends
     """
+    config.make_repeatable(device)
     torch.manual_seed(seed)                                 # weights and dropout
     rng = torch.Generator().manual_seed(seed)               # batches, on the CPU
     model = new_model(data["z_atac"].shape[1], data["z_R"].shape[1])
@@ -363,14 +364,15 @@ def run_anchored():
     start = time.time()
     get_ready(config.processes(2))
     data, members = load_anchored()
-    device = config.pick_device(double=True)
+    device = config.pick_device()
+    fit_on = config.fit_device(device)
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
     anchors = [chromatin.restore_anchor(m, data["x"], data["emb"]) for m in members]
     done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
     shared = dict(x=data["x"], access=data["access"], counts=data["y"], gene_emb=data["emb"],
                   rna_only=data["rna_only"], peaks=data["peaks"], seed=config.SEED, members=anchors,
-                  epochs=config.EM_EPOCHS, held_out=config.HELD_OUT, device=device)
-    with Pool(shared, config.processes(len(anchors) + 2 + config.BOOTSTRAP)) as pool:
+                  epochs=config.EM_EPOCHS, held_out=config.HELD_OUT, device=fit_on)
+    with Pool(shared, config.processes(len(anchors) + 2 + config.BOOTSTRAP, fit_on)) as pool:
         result = fit_members(pool, anchors, done, key)
         before = build_anchored(result, data, None, None)
         artifacts.save_model("effendi_stage1.pt", {"args": before.args, "state_dict": before.state_dict()}, **facts)
@@ -384,7 +386,7 @@ def run_anchored():
                                   anchored.generator(config.SEED, "groups", 0))
     shift, reliability = anchored.modulation(result, halves, data["y"], groups)
     low, high = anchored.intervals(result.log_tau, result.sd, replicates)
-    ok, why = anchored.identifiable(result, data["access"], data["y"], halves, device=device)
+    ok, why = anchored.identifiable(result, data["access"], data["y"], halves, device=fit_on)
     if not gate.open:                                       # intervals would look as if something were known
         ok, low, high = torch.zeros_like(ok), *torch.full((2, len(ok)), torch.nan)
         why = ["the run's gate is closed" + (f"; {reason}" if reason else "") for reason in why]

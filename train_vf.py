@@ -82,6 +82,7 @@ def fit(z_atac, z_R, device, seed, resume=None, checkpoint=None):
 
     resume      a state that checkpoint(state) was given, to go on from it
     """
+    config.make_repeatable(device)
     torch.manual_seed(seed)                                 # weights and dropout
     rng = torch.Generator().manual_seed(seed)               # held-out cells, batches and directions, on the CPU
     model = FlowToRNA(z_atac.shape[1], z_R.shape[1], config.ALIGN_HIDDEN, config.VF_HIDDEN).to(device)
@@ -181,10 +182,11 @@ def run_anchored():
     paired = effendi_loader.pair(*map(artifacts.load_table, ("effendi_rna_obs.csv", "effendi_atac_obs.csv")))[0]
     members = range(config.MEMBERS or anchored.usual_members(len(paired)))
     left = [m for m in members if m not in saved]
+    device = config.fit_device(config.pick_device())
     shared = dict(x=x, access=access, gene_emb=gene_emb, peaks=peaks, steps=config.ANCHOR_STEPS, seed=config.SEED,
-                  device=config.pick_device(double=True))
+                  device=device)
     bar = tqdm(total=len(members), initial=len(saved), unit="fit", desc="members", leave=False, disable=None)
-    with bar, Pool(shared, config.processes(len(left))) as pool:
+    with bar, Pool(shared, config.processes(len(left), device)) as pool:
         for member, found in pool.each(fit_member, left):
             saved[member] = found
             artifacts.save_checkpoint(RESUME, key, saved)

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 
@@ -61,6 +62,16 @@ def test_a_wrong_setting_ends_a_script_with_status_2_and_no_traceback():
     done = subprocess.run([sys.executable, "train_vf.py", "--set", "VF_EPOHCS=5"], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 2 and "did you mean VF_EPOCHS" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_identifiable_model_is_fitted_on_a_gpu_only_when_asked_to(settings):
+    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
+    settings.DEVICE = None
+    assert [config.fit_device(d) for d in (cuda, mps, cpu)] == [cpu] * 3
+    settings.DEVICE = "cuda"
+    assert config.fit_device(cuda) == cuda and config.processes(20, cuda) == 2
+    settings.DEVICE = "mps"
+    assert config.fit_device(mps) == cpu
 
 
 def test_a_device_that_is_not_there_is_named():
