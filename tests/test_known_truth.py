@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import exact_posterior  # noqa: E402
 import known_truth  # noqa: E402
+import oracle  # noqa: E402
 import second_population  # noqa: E402
 
 import delay_fit  # noqa: E402
@@ -53,16 +53,16 @@ def test_the_lag_is_the_integral_over_the_kernel(kernel, order):
 
 
 @pytest.mark.parametrize("kernel", ["exp", "shift"])
-def test_the_exact_posterior_lags_courses_as_the_benchmark_does(kernel):
+def test_the_oracle_lags_courses_as_the_benchmark_does(kernel):
     drive, u = switches(np.array([2.0])), 20
     times = torch.as_tensor(TIME)
-    found = exact_posterior.operators(times, kernel)[u] @ torch.as_tensor(drive[0, :, 0])
+    found = oracle.operators(times, kernel)[u] @ torch.as_tensor(drive[0, :, 0])
     exact = known_truth.lagged(drive, float(delay_fit.LOG_TAU[u].exp()), kernel, 1)[0, :, 0]
     np.testing.assert_allclose(found, exact, atol=2e-3)     # both linear between times, of which one is the middle
 
 
-def test_the_exact_posterior_finds_delays_and_says_how_well(small):
-    log_tau, sd = exact_posterior.log_tau(small, "exp")
+def test_the_oracle_finds_delays_and_says_how_well(small):
+    log_tau, sd = oracle.log_tau(small, "exp")
     gap = (log_tau - torch.as_tensor(np.log(small.truth.tau.to_numpy())))[small.used]
     assert known_truth.rank_correlation(log_tau.numpy()[small.used], small.truth.tau[small.used]) > 0.95
     assert 0.8 < ((gap / sd[small.used]).abs() < 1.645).float().mean() <= 1     # 90 % of 68 genes, within three sd

@@ -1,4 +1,4 @@
-"""How well delays can be known at all from simulated cells: their posterior, told everything but each gene's own.
+"""How well delays can be known from simulated cells by who is told everything but each gene's own: their posterior.
 
 Told    time, lineage and size factors of every cell, where lineages part, the kernel
 Not     a_g(t, l), a Gaussian process over the tree, mean 1:
@@ -8,8 +8,8 @@ Not     a_g(t, l), a Gaussian process over the tree, mean 1:
 Seen    counts of both modalities, summed over the cells of a lineage within STEP of a time
 
 a is integrated out given the ATAC counts, so that expression helps to find it, as in the default. Width, own and sd are
-those under which held-out cells' ATAC is likeliest. Counts are taken as normal. No fit to the same cells should be
-better in the mean, but for what their generator has beyond a Gaussian process.
+those under which held-out cells' ATAC is likeliest. Counts are taken as normal, and genes as independent. A fit that is
+told nothing should not be better, unless genes share courses or courses are unlike a Gaussian process.
 Ref     Rasmussen & Williams 2006, Gaussian processes for machine learning
 """
 import itertools
