@@ -20,7 +20,7 @@ Data come from simulate.py (sizes "second", "switches": from second_population.p
                         correlation, or the gap between half-maximum times, of accessibility and expression
     dpt_xcorr_lineages  dpt_xcorr, told the true lineages as well
     rna_half            half-maximum time of RNA along that pseudotime: no ATAC at all
-    oracle              told time, lineage, size factors and kernel: the posterior given these (oracle.py)
+    oracle              told time, lineage, size factors and kernel: the posterior given these (oracle_posterior.py)
     true_time           told time, lineage and kernel: smooth accessibility, its lag, likelihood of log tau
     multivelo           MultiVelo 0.1.5 in an environment of its own, on spliced and unspliced counts
 
@@ -58,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-import oracle as told  # noqa: E402
+import oracle_posterior  # noqa: E402
 import pandas as pd  # noqa: E402
 import second_population  # noqa: E402
 import torch  # noqa: E402
@@ -341,8 +341,8 @@ def lagged(drive, tau, kernel, shape):
 
 
 def oracle(data, args):
-    """oracle.py, and the posterior's own intervals."""
-    log_tau, sd = told.log_tau(data, args.kernel)
+    """oracle_posterior.py, and the posterior's own intervals."""
+    log_tau, sd = oracle_posterior.log_tau(data, args.kernel)
     half = 1.645 * sd                                       # a normal distribution's central 90 %
     return dict(log_tau=log_tau, low=log_tau - half, high=log_tau + half)
 
@@ -631,12 +631,18 @@ def read_results(file):
     return list(lines.values())
 
 
+def version(row):
+    """A hash of the files that fit."""
+    names = (*FITS, "benchmarks/oracle_posterior.py") if row == "oracle" else FITS
+    return hashlib.blake2b(b"".join((ROOT / name).read_bytes() for name in names), digest_size=4).hexdigest()
+
+
 def run(args):
     file = args.out / "results.jsonl"
-    code = hashlib.blake2b(b"".join((ROOT / name).read_bytes() for name in FITS), digest_size=4).hexdigest()
+    code = {row: version(row) for row in args.rows}
     args.out.mkdir(parents=True, exist_ok=True)
     done = {(r["dataset"], r["row"]) for r in read_results(file)
-            if "failed" not in r and (not args.redo or r["code"] == code)}
+            if "failed" not in r and (not args.redo or r["code"] == code.get(r["row"]))}
     for seed in args.seeds:
         for size in args.sizes:
             for depth in args.depths:
@@ -652,7 +658,7 @@ def run(args):
                         if found is None:
                             continue
                         line = dict(dataset=dataset, size=size, depth=depth, kernel=kernel, seed=seed, row=row,
-                                    code=code, **found)
+                                    code=code[row], **found)
                         with open(file, "a") as f:
                             f.write(json.dumps(line) + "\n")
                         print(f"{dataset:24} {row:20}" + "  ".join(

@@ -100,12 +100,14 @@ def accessibility(rng, t, o, flat):
 
 
 def one_switch(rng, t, o, flat):
-    """Sigmoids from 0.1-0.35 to 1 or back; after the branch in each lineage with probability 0.6."""
+    """Sigmoids from 0.1-0.35 to 1 or back; those that begin after the branch, in each lineage with probability 0.6."""
     n = len(flat)
     when, width, least = rng.uniform(0.2, o.t_max - 0.2, n), rng.uniform(0.1, 0.4, n), rng.uniform(0.1, 0.35, n)
     opens = rng.random(n) < 0.5
-    there = (when < o.t_branch) | (rng.random((o.lineages, n)) < 0.6)
-    switched = there[:, None] / (1 + np.exp(-(t[:, None] - when) / width))
+    shared = when - 4 * width < o.t_branch
+    there = shared | (rng.random((o.lineages, n)) < 0.6)
+    begun = shared | (t[:, None] > o.t_branch)              # what is left of a sigmoid four widths before: 0.02
+    switched = (there[:, None] & begun) / (1 + np.exp(-(t[:, None] - when) / width))
     return np.where(flat, 0.6, least + (1 - least) * np.where(opens, switched, 1 - switched))
 
 

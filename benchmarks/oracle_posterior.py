@@ -2,14 +2,15 @@
 
 Told    time, lineage and size factors of every cell, where lineages part, the kernel
 Not     a_g(t, l), a Gaussian process over the tree, mean 1:
-            cov = sd^2 k(t, t') (1 - own + own (same lineage: 1, else sqrt((1 - d^2) (1 - d'^2))))
+            cov = sd^2 k(t, t') (1 - own + own (sqrt((1 - d^2) (1 - d'^2)) + [same lineage] d d'))
             k Gaussian of a width, d = 0 before lineages part and 1 one time unit later
         A, B and tau of every gene, as in delay_fit.grid_evidence
-Seen    counts of both modalities, summed over the cells of a lineage within STEP of a time
+Seen    counts of both modalities, summed over the cells of a lineage that are nearest to a time on a grid of STEP
 
 a is integrated out given the ATAC counts, so that expression helps to find it, as in the default. Width, own and sd are
-those under which held-out cells' ATAC is likeliest. Counts are taken as normal, and genes as independent. A fit that is
-told nothing should not be better, unless genes share courses or courses are unlike a Gaussian process.
+those under which held-out cells' ATAC is likeliest. Counts are taken as normal with Poisson's variance, genes as
+independent, all accessibility near a gene as its own. A fit that is told nothing should not be better, but where data
+are otherwise: genes that share courses, overdispersed RNA, courses unlike a Gaussian process.
 Ref     Rasmussen & Williams 2006, Gaussian processes for machine learning
 """
 import itertools
@@ -27,6 +28,8 @@ AXES = 40
 
 def log_tau(data, kernel):
     """Posterior mean and sd of log tau (G,) for a known_truth.Data."""
+    if kernel == "gamma":
+        raise ValueError("delay_fit's gamma kernel has another shape than simulate.py's")
     o, cells = data.options, data.cells
     times = STEP * torch.arange(round(o.t_max / STEP) + 1, dtype=torch.double)
     node = torch.as_tensor(cells.lineage.to_numpy() * len(times) + np.rint(cells.time.to_numpy() / STEP).astype(int))
@@ -64,7 +67,7 @@ def axes(times, o, width, own, sd):
     lineage = torch.arange(o.lineages).repeat_interleave(len(times))
     apart = (t - o.t_branch).clamp(0, 1)
     common = (1 - apart.square()).sqrt()
-    alike = torch.where(lineage[:, None] == lineage, 1.0, common[:, None] * common)
+    alike = common[:, None] * common + (lineage[:, None] == lineage) * apart[:, None] * apart
     covariance = torch.exp(-0.5 * ((t[:, None] - t) / width).square()) * (1 - own + own * alike)
     value, axis = torch.linalg.eigh(covariance)
     return sd * (axis * value.clamp_min(0).sqrt())[:, -AXES:]
