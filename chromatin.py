@@ -308,8 +308,9 @@ def on(device, thing):
     if torch.is_tensor(thing):
         return thing.to(device)
     if isinstance(thing, nn.Module):
-        there = next(iter((*thing.parameters(), *thing.buffers())), None)
-        return thing if there is None or there.device == torch.device(device) else copy.deepcopy(thing).to(device)
+        wanted, there = torch.device(device), next(thing.parameters()).device
+        here = there.type == wanted.type and wanted.index in (None, there.index)
+        return thing if here else copy.deepcopy(thing).to(device)
     if isinstance(thing, dict):
         return {name: on(device, value) for name, value in thing.items()}
     if is_dataclass(thing):
@@ -448,9 +449,8 @@ def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=25
     mean = access.mean(0).clamp_min(1e-6)
     for _ in range(steps):
         rows = torch.randint(len(z), (batch,), generator=rng)
-        near = z[rows]
-        near = near + NOISE * noise_like(near, rng)
-        loss = poisson_nll(depth[rows, None] * mean * new(near), access[rows]) + new.penalty()
+        noisy = z[rows] + NOISE * torch.randn(batch, z.shape[1], generator=rng)
+        loss = poisson_nll(depth[rows, None] * mean * new(noisy), access[rows]) + new.penalty()
         grads = torch.autograd.grad(loss, own)
         for parameter, grad in zip(own, grads):
             parameter.grad = grad

@@ -186,6 +186,7 @@ def from_args(doc, argv=None, arguments=None):
     """
     # Progress and choices must reach a log file as they happen, and stderr's bars must not overtake them.
     sys.stdout.reconfigure(line_buffering=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when a GPU starts; for make_repeatable
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, options in (arguments or {}).items():
         parser.add_argument(flag, **options)
@@ -210,9 +211,11 @@ def from_args(doc, argv=None, arguments=None):
 
 
 def processes(pieces, device=None):
-    """How many processes independent pieces of work get; two where they share the memory of a GPU."""
+    """How many processes independent pieces of work get; at most two by themselves where they share a GPU's memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    usual = 2 if device is not None and device.type == "cuda" else THREADS or cores
+    usual = THREADS or cores
+    if device is not None and device.type == "cuda":
+        usual = min(usual, 2)
     return max(1, min(WORKERS or usual, pieces))
 
 
@@ -239,27 +242,35 @@ def pick_device():
     return device
 
 
-def fit_device(device):
+def fit_device():
     """Where the identifiable model is fitted: the CPU, unless DEVICE itself asks for an NVIDIA GPU.
 
     The fits are small, and need float64, which Apple's GPUs lack.
     """
     import torch
-    return device if DEVICE and device.type == "cuda" else torch.device("cpu")
+    return pick_device() if DEVICE and DEVICE.startswith("cuda") else torch.device("cpu")
 
 
 def make_repeatable(device):
-    """On a GPU sums come in another order each time unless asked for; what cannot be had in a set order warns."""
+    """From here on sums on a GPU come in the same order every time, or warn that they cannot."""
     import torch
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False     # a help against bugs that costs time
 
 
 def snapshot():
     """All settings as a plain dictionary, for the records."""
     return {k: globals()[k] for k in typing.get_type_hints(sys.modules[__name__])}
+
+
+def _fail(message):
+    if DEBUG:
+        traceback.print_exc()
+    print(f"\nerror: {message}", file=sys.stderr)
+    if not DEBUG:
+        print("  (--set DEBUG=True shows where in the code)", file=sys.stderr)
+    sys.exit(2)
 
 
 def script(main):
@@ -271,12 +282,12 @@ def script(main):
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as err:
-        if DEBUG:
-            traceback.print_exc()
-        print(f"\nerror: {err}", file=sys.stderr)
-        if not DEBUG:
-            print("  (--set DEBUG=True shows where in the code)", file=sys.stderr)
-        sys.exit(2)
+        _fail(err)
+    except RuntimeError as err:
+        if type(err).__name__ != "OutOfMemoryError":        # torch's, which not every script imports
+            raise
+        _fail(f"the GPU's memory ran out: {str(err).splitlines()[0]}\n  Run the same command again with smaller "
+              "batches, fewer processes (--set WORKERS=1) or on the CPU (--set DEVICE=cpu). Finished work is kept.")
     except KeyboardInterrupt:
         print("\ninterrupted: finished work is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

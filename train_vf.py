@@ -182,7 +182,7 @@ def run_anchored():
     paired = effendi_loader.pair(*map(artifacts.load_table, ("effendi_rna_obs.csv", "effendi_atac_obs.csv")))[0]
     members = range(config.MEMBERS or anchored.usual_members(len(paired)))
     left = [m for m in members if m not in saved]
-    device = config.fit_device(config.pick_device())
+    device = config.fit_device()
     shared = dict(x=x, access=access, gene_emb=gene_emb, peaks=peaks, steps=config.ANCHOR_STEPS, seed=config.SEED,
                   device=device)
     bar = tqdm(total=len(members), initial=len(saved), unit="fit", desc="members", leave=False, disable=None)

@@ -65,13 +65,30 @@ def test_a_wrong_setting_ends_a_script_with_status_2_and_no_traceback():
 
 
 def test_the_identifiable_model_is_fitted_on_a_gpu_only_when_asked_to(settings):
-    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
-    settings.DEVICE = None
-    assert [config.fit_device(d) for d in (cuda, mps, cpu)] == [cpu] * 3
-    settings.DEVICE = "cuda"
-    assert config.fit_device(cuda) == cuda and config.processes(20, cuda) == 2
-    settings.DEVICE = "mps"
-    assert config.fit_device(mps) == cpu
+    for settings.DEVICE in (None, "cpu", "mps"):
+        assert config.fit_device() == torch.device("cpu")
+    settings.DEVICE = "cuda:77"                             # is asked for, and is not there
+    with pytest.raises(ValueError, match="cuda:77"):
+        config.fit_device()
+
+
+def test_processes_that_share_a_gpu_are_two_unless_set(settings):
+    settings.THREADS = 8
+    assert [config.processes(20, torch.device(d)) for d in ("cpu", "cuda")] == [8, 2]
+    settings.WORKERS = 3
+    assert config.processes(20, torch.device("cuda")) == 3
+    settings.WORKERS, settings.THREADS = None, 1
+    assert config.processes(20, torch.device("cuda")) == 1
+
+
+def test_memory_of_a_gpu_that_runs_out_is_told_without_a_traceback(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(SystemExit) as end:
+        config.script(main)
+    assert end.value.code == 2 and "WORKERS=1" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        config.script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_a_device_that_is_not_there_is_named():

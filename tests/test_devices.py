@@ -57,7 +57,7 @@ class Marked(torch.Tensor):
 
 
 class TwoDevices(TorchFunctionMode):
-    """Marked tensors and others do not mix, but for indices and single numbers, as on a GPU."""
+    """Marked tensors and others do not mix, as on a GPU, but for single numbers and the indices of marked ones."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
@@ -74,8 +74,10 @@ class TwoDevices(TorchFunctionMode):
             return args[0].as_subclass(torch.Tensor).to(dtype).as_subclass(Marked if there else torch.Tensor)
         if kwargs.get("device") == ELSEWHERE:
             return func(*args, **kwargs | {"device": "cpu"}).as_subclass(Marked)
+        if name in ("__getitem__", "__setitem__") and isinstance(args[0], Marked):
+            tensors = [t for t in (args[0], *args[2:]) if torch.is_tensor(t)]
         marked = {isinstance(t, Marked) for t in tensors if t.dim() or isinstance(t, Marked)}
-        if len(marked) > 1 and name != "__getitem__" or name == "numpy" and True in marked:
+        if len(marked) > 1 or name == "numpy" and True in marked:
             raise RuntimeError(f"{name} of tensors on two devices: {[(type(t), t.shape) for t in tensors]}")
         return func(*args, **kwargs)
 
@@ -113,8 +115,16 @@ def test_every_tensor_of_the_e_steps_lies_where_the_cells_are():
         assert isinstance(em.describe(flow, rng).log_tau, Marked)
         lead = delay_fit.chromatin_lead(there, mark(delay), access, counts, rng, others=1, device=ELSEWHERE)
         assert not isinstance(lead, Marked)
-        with pytest.raises(RuntimeError, match="two devices"):
-            flow.log_tau + torch.zeros(n)                   # the stand-in would notice
+        for wrong in (lambda: flow.log_tau + torch.zeros(n), lambda: torch.zeros(n)[there.peaks.gene]):
+            with pytest.raises(RuntimeError, match="two devices"):
+                wrong()                                     # the stand-in would notice
+
+
+def test_what_is_put_on_a_device_is_there_and_what_it_was_made_from_stays(anchor):
+    there = chromatin.on("meta", anchor)
+    assert there.z.is_meta and there.seen.counts.is_meta and there.readout.delta.is_meta
+    assert chromatin.on("cpu", anchor).align is anchor.align and there.align is not anchor.align
+    assert not any(t.is_meta for t in (anchor.z, anchor.seen.counts, anchor.readout.delta))
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
@@ -160,7 +170,7 @@ def test_what_delays_are_worth_is_judged_the_same(data):
     rng = torch.Generator().manual_seed(0)
     result = anchored.fit(x, access, counts, emb, rng, kernel="exp", members=1, steps=400)
     (ok, why), (ok_gpu, why_gpu) = (anchored.identifiable(result, access, counts, device=d) for d in ("cpu", DEVICE))
-    assert (ok == ok_gpu).float().mean() > 0.95 and set(why_gpu) <= set(why) | {"another gene's chromatin as good"}
+    assert (ok == ok_gpu).float().mean() > 0.95 and np.mean([a == b for a, b in zip(why, why_gpu)]) > 0.95
 
 
 @needs_gpu
@@ -175,8 +185,8 @@ def test_the_specification_trains_alike_and_repeats_itself(tiny):
     (_, on_cpu), (gpu, on_gpu), (again, _) = fit("cpu"), fit(DEVICE), fit(DEVICE)
     assert equal(gpu.cpu(), again.cpu())
     for a, b in zip(on_cpu, on_gpu, strict=True):           # dropout draws differ
-        for name in ("sw2", "total", "ode", "recon"):
-            assert name not in a or math.isclose(a[name], b[name], rel_tol=0.2), (name, a[name], b[name])
+        names = [name for name in ("sw2", "total", "ode", "recon") if name in a]
+        assert names and all(math.isclose(a[name], b[name], rel_tol=0.2) for name in names), (a, b)
 
 
 @needs_gpu
