@@ -364,7 +364,7 @@ def run_anchored():
     start = time.time()
     get_ready(config.processes(2))
     data, members = load_anchored()
-    fit_on = config.fit_device()
+    device, fit_on = config.pick_device(), config.fit_device()      # of predictions, and of fits
     facts = dict(stage="train_delay", key=key, cells=len(data["cells"]), genes=len(data["genes"]))
     anchors = [chromatin.restore_anchor(m, data["x"], data["emb"]) for m in members]
     done = artifacts.load_checkpoint(RESUME, key) or {"delays": {}, "replicates": {}}
@@ -391,7 +391,7 @@ def run_anchored():
         why = ["the run's gate is closed" + (f"; {reason}" if reason else "") for reason in why]
 
     model = build_anchored(result, data, groups, shift)
-    out = inference.predict(model, data["x"], data["emb"], config.pick_device(), config.BATCH_SIZE)
+    out = inference.predict(model, data["x"], data["emb"], device, config.BATCH_SIZE)
     table = anchored_table(result, low, high, ok, why, out["tau"], data)
     metrics = dict(kernel=result.kernel, gate_open=gate.open, pairing_z=gate.pairing_z, gain_z=gate.gain_z,
                    own_z=gate.own_z, split_half=gate.split_half, held_out_cells=len(result.gain),
