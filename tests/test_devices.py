@@ -1,6 +1,6 @@
 """The same on an NVIDIA GPU as on the CPU: the fits, the encoders, the specification's training, the whole pipeline.
 
-Without a GPU one test is left: marked tensors stand in for those of a GPU.
+Without a GPU two tests are left: marked tensors stand in for those of a GPU, and meta tensors for their moves.
 """
 import copy
 import math
