@@ -3,7 +3,8 @@
     z         AlignMLP(x)                                                   (N, 8)
     D(z, g)   T(z) 4 exp(g.e_g + p_g) sigmoid(kappa P(R z).(e_g + delta_g) + b.e_g + q_g)
     fit       access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g) / T)        ATAC alone, never paired
-    then      P[c, j] ~ prod_g Poisson(access[c, g] | z_j): the readout refitted to it, AlignMLP taught its mean
+    then      P[c, j] ~ prod_g Poisson(access[c, g] | z_j): the readout refitted to it, AlignMLP taught its mean;
+              and once more for delta, p, q, where D is averaged over landmarks (refine)
 
 D is frozen afterwards: delay_fit.py asks what expression follows if this readout is right. GeneReadout.landmarks are
 the states in which it is believed; Seen and PeakShares keep what Stage 1's cells show there.
@@ -28,6 +29,7 @@ N_LANDMARKS = 400
 N_REFERENCES = 1000                                         # cells that stand for all states of the population
 OWN = 8.0                                                   # learning rate of what belongs to one gene, over the rest's
 NOISE = 0.3                                                 # latent noise under which the readout must hold
+REFINE = 10.0                                               # precision that holds genes' own values where they were
 FEW = 10.0                                                  # counts below which a peak's share is that over all cells
 
 
@@ -123,6 +125,10 @@ class GeneReadout(nn.Module):
         """What belongs to one gene each."""
         return {name: getattr(self, name).detach() for name in ("delta", "p", "q")}
 
+    def own_together(self):
+        """The same as (G, K + 2): delta, q, p, each 0 where a gene is as its embedding says."""
+        return torch.cat([self.delta, self.q[:, None], self.p[:, None] + math.log(2)], 1).detach()
+
     def penalty(self):
         p = self.p + math.log(2)
         return 1e-2 * self.delta.square().mean() + 1e-4 * (p.square().mean() + self.q.square().mean())
@@ -137,34 +143,56 @@ def with_own(readout, delta, p, q):
     return new
 
 
-@torch.no_grad()
-def read_as(readout, target, steps=10, penalty=0.1):
+def read_as(readout, target, penalty=0.1):
     """The readout with the genes' own delta, p, q such that it says target (J, G) at its landmarks.
 
-    Minimises the readout's Poisson loss and `penalty` times its penalty, gene by gene, by Fisher scoring with the
-    damping of Levenberg and Marquardt.
+    Minimises the readout's Poisson loss and `penalty` times its penalty, gene by gene.
+    """
+    K = readout.delta.shape[1]
+    ridge = 2 * penalty * torch.cat([torch.full((K,), 1e-2 / K), torch.full((2,), 1e-4)])
+    return fit_own(readout, target.new_ones(len(target), 1) / len(target), target / len(target), ridge.to(target))
+
+
+def refine(readout, seen, mean):
+    """The readout with the genes' own delta, p, q a step of expectation-maximisation further; seen: its Seen.
+
+    Stage 1 fits D before it is averaged over landmarks, and under noise: what results opens and closes more slowly than
+    the counts say, and a flow can only make up for that by changing its pace along the process, which bends delays.
+    One step, held near the last values: by more of them D follows the noise of few counts (LOG.md).
+    """
+    expected = (seen.exposure / readout.hidden(readout.landmarks)[:, -1].exp())[:, None] * mean
+    K = readout.delta.shape[1]
+    ridge = REFINE * torch.cat([torch.ones(K), torch.full((2,), 0.3)]).to(expected)
+    return fit_own(readout, expected, seen.counts, ridge, readout.own_together())
+
+
+@torch.no_grad()
+def fit_own(readout, expected, counts, ridge, about=0.0, steps=10):
+    """The readout with other delta, p, q, gene by gene by Fisher scoring with the damping of Levenberg and Marquardt.
+
+        sum_j expected_jg D(z_j, g) - counts_jg log D(z_j, g) + sum ridge (own_g - about_g)^2 / 2      at the landmarks
+
+    Shapes  expected (J, G or 1), counts (J, G), ridge (K + 2,), about (G, K + 2) as own_together gives it
     """
     hidden = readout.hidden(readout.landmarks).double()
     h = torch.cat([readout.kappa * hidden[:, :-1], hidden.new_ones(len(hidden), 1)], 1)          # (J, K + 1)
     hh = (h[:, :, None] * h[:, None]).flatten(1)                                # (J, (K + 1)^2)
-    log_size, target = hidden[:, -1:], target.double()
-    K, G = h.shape[1] - 1, target.shape[1]
-    slope, bias, level = readout.e, readout.e @ readout.offset, readout.e @ readout.gain + math.log(4)
-    alone = torch.cat([slope, bias[:, None], level[:, None] - math.log(2)], 1).double()        # without p, q, delta
-    theta = alone + torch.cat([readout.delta, readout.q[:, None], readout.p[:, None] + math.log(2)], 1)
-    ridge = 2 * penalty * torch.cat([torch.full((K,), 1e-2 / K), torch.full((2,), 1e-4)]).to(h)
+    log_size, expected, counts, ridge = hidden[:, -1:], expected.double(), counts.double(), ridge.double()
+    K, G = h.shape[1] - 1, counts.shape[1]
+    slope, bias, level = readout.e, readout.e @ readout.offset, readout.e @ readout.gain + math.log(2)
+    alone = torch.cat([slope, bias[:, None], level[:, None]], 1).double()       # without delta, q, p
+    theta, about = alone + readout.own_together(), alone + about
     damping = h.new_full((G,), 1e-3)
 
     def loss(theta):
         logit = h @ theta[:, :-1].T
         log_D = theta[:, -1] + nn.functional.logsigmoid(logit) + log_size
-        value = (log_D.exp() - target * log_D).mean(0) + 0.5 * (ridge * (theta - alone).square()).sum(1)
-        return value, torch.sigmoid(-logit), log_D.exp()
-    value, closed, D = loss(theta)
+        value = (expected * log_D.exp() - counts * log_D).sum(0) + 0.5 * (ridge * (theta - about).square()).sum(1)
+        return value, torch.sigmoid(-logit), expected * log_D.exp()
+    value, closed, fisher = loss(theta)
     for _ in range(steps):
-        error = (D - target) / len(h)
-        gradient = torch.cat([(error * closed).T @ h, error.sum(0)[:, None]], 1) + ridge * (theta - alone)
-        fisher = D / len(h)
+        error = fisher - counts
+        gradient = torch.cat([(error * closed).T @ h, error.sum(0)[:, None]], 1) + ridge * (theta - about)
         H = h.new_empty(G, K + 2, K + 2)
         H[:, :-1, :-1] = ((fisher * closed.square()).T @ hh).view(G, K + 1, K + 1)
         H[:, -1, :-1] = H[:, :-1, -1] = (fisher * closed).T @ h
@@ -175,7 +203,7 @@ def read_as(readout, target, steps=10, penalty=0.1):
         after = loss(trial)
         better = after[0] < value
         theta = torch.where(better[:, None], trial, theta)
-        value, closed, D = (torch.where(better, new, old) for new, old in zip(after, (value, closed, D)))
+        value, closed, fisher = (torch.where(better, a, b) for a, b in zip(after, (value, closed, fisher)))
         damping = torch.where(better, damping / 5, damping * 10).clamp(1e-6, 1e6)
     own = (theta - alone).float()
     return with_own(readout, own[:, :K], own[:, -1] - math.log(2), own[:, K])
@@ -380,6 +408,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         first.bias -= first.weight @ centre
         z = align(x)
     readout.land(z[train[:N_LANDMARKS]])
+    readout = refine(readout, gather(readout, access, depth, mean)[0], mean)
     seen, of_peaks = gather(readout, access, depth, mean, peaks)
     shares = None if peaks is None else share_out(readout.landmarks.cpu(), of_peaks, peaks, len(mean))
     return on("cpu", Anchor(align, readout, z, nll, step, history, seen, shares))
