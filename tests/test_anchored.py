@@ -1,4 +1,5 @@
 """anchored.py, chromatin.py and delay_fit.py: closed forms, planted truths, controls."""
+import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -224,18 +225,37 @@ def test_the_evidence_of_peaks_is_that_of_their_joint_normal():
     torch.testing.assert_close((evidence - evidence.max()).double(), exact - exact.max(), rtol=1e-3, atol=0.2)
 
 
-def test_a_readout_takes_the_course_it_is_given():
+def readout_and_another_course():
+    """A landed readout of 12 genes, and what one with other delta, p, q says at its 150 landmarks."""
     rng = generator()
     readout = chromatin.GeneReadout(torch.randn(12, 64, generator=rng)).requires_grad_(False)
     readout.land(torch.randn(150, chromatin.LATENT, generator=rng))
     own = readout.own()
     other = chromatin.with_own(readout, own["delta"] + 0.3 * torch.randn(own["delta"].shape, generator=rng),
                               own["p"] + 0.2, own["q"] - 0.5)
-    target = other(readout.landmarks)
+    return readout, other(readout.landmarks)
+
+
+def test_a_readout_takes_the_course_it_is_given():
+    readout, target = readout_and_another_course()
+    before = copy.deepcopy(readout.own())
     found = chromatin.read_as(readout, target)(readout.landmarks)
-    before = (readout(readout.landmarks) - target).square().mean()
-    assert (found - target).square().mean() < 1e-3 * before     # the penalty keeps it from zero
-    assert torch.equal(readout.own()["delta"], own["delta"])
+    distance = (readout(readout.landmarks) - target).square().mean()
+    assert (found - target).square().mean() < 1e-3 * distance   # the penalty keeps it from zero
+    assert all(torch.equal(now, before[name]) for name, now in readout.own().items())
+
+
+@pytest.mark.parametrize("counts_a_gene, remains", [(1e6, (0, 0.001)), (10, (0.1, 0.9)), (0.1, (0.95, 1))])
+def test_a_readout_is_refined_as_far_as_counts_go(counts_a_gene, remains):
+    """Expected counts of another course: what remains of the distance to it, mean square over landmarks and genes."""
+    readout, target = readout_and_another_course()
+    size = readout.hidden(readout.landmarks)[:, -1:].exp()
+    mean = torch.linspace(0.5, 2.0, 12)
+    exposure = torch.full((150,), counts_a_gene / 150)
+    seen = chromatin.Seen(exposure[:, None] * mean * target / size, exposure)
+    found = chromatin.refine(readout, seen, mean)(readout.landmarks)
+    share = (found - target).square().mean() / (readout(readout.landmarks) - target).square().mean()
+    assert remains[0] <= share <= remains[1]
 
 
 def test_shares_of_peaks_follow_the_states_and_add_up():
