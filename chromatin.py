@@ -154,30 +154,32 @@ def read_as(readout, target, penalty=0.1):
 
 
 def refine(readout, seen, mean):
-    """The readout with the genes' own delta, p, q a step of expectation-maximisation further; seen: its Seen.
+    """The readout after another M-step in the genes' own delta, p, q, to the counts that are expected at its landmarks.
 
-    Stage 1 fits D before it is averaged over landmarks, and under noise: what results opens and closes more slowly than
+    Stage 1 fits D under noise and before it is averaged over landmarks: what results opens and closes more slowly than
     the counts say, and a flow can only make up for that by changing its pace along the process, which bends delays.
-    One step, held near the last values: by more of them D follows the noise of few counts (LOG.md).
+    delta is held near its last values with precision REFINE, p and q, which every count tells, with less. Only one such
+    step: more of them gain nothing (LOG.md).
+    Shapes  seen: Seen of this readout, mean (G,) counts
     """
-    expected = (seen.exposure / readout.hidden(readout.landmarks)[:, -1].exp())[:, None] * mean
-    K = readout.delta.shape[1]
-    ridge = REFINE * torch.cat([torch.ones(K), torch.full((2,), 0.3)]).to(expected)
-    return fit_own(readout, expected, seen.counts, ridge, readout.own_together())
+    size = readout.hidden(readout.landmarks)[:, -1].exp()
+    ridge = REFINE * torch.cat([torch.ones(readout.delta.shape[1]), torch.full((2,), 0.3)]).to(mean)
+    return fit_own(readout, (seen.exposure / size)[:, None] * mean, seen.counts, ridge, readout.own_together())
 
 
 @torch.no_grad()
-def fit_own(readout, expected, counts, ridge, about=0.0, steps=10):
+def fit_own(readout, exposure, counts, ridge, about=0.0, steps=10):
     """The readout with other delta, p, q, gene by gene by Fisher scoring with the damping of Levenberg and Marquardt.
 
-        sum_j expected_jg D(z_j, g) - counts_jg log D(z_j, g) + sum ridge (own_g - about_g)^2 / 2      at the landmarks
+        min  sum_j exposure_jg D(z_j, g) - counts_jg log D(z_j, g) + sum ridge (own_g - about_g)^2 / 2
+    over its landmarks j.
 
-    Shapes  expected (J, G or 1), counts (J, G), ridge (K + 2,), about (G, K + 2) as own_together gives it
+    Shapes  exposure (J, G or 1), counts (J, G), ridge (K + 2,), about (G, K + 2) as own_together gives it
     """
     hidden = readout.hidden(readout.landmarks).double()
     h = torch.cat([readout.kappa * hidden[:, :-1], hidden.new_ones(len(hidden), 1)], 1)          # (J, K + 1)
     hh = (h[:, :, None] * h[:, None]).flatten(1)                                # (J, (K + 1)^2)
-    log_size, expected, counts, ridge = hidden[:, -1:], expected.double(), counts.double(), ridge.double()
+    log_size, exposure, counts, ridge = hidden[:, -1:], exposure.double(), counts.double(), ridge.double()
     K, G = h.shape[1] - 1, counts.shape[1]
     slope, bias, level = readout.e, readout.e @ readout.offset, readout.e @ readout.gain + math.log(2)
     alone = torch.cat([slope, bias[:, None], level[:, None]], 1).double()       # without delta, q, p
@@ -187,23 +189,24 @@ def fit_own(readout, expected, counts, ridge, about=0.0, steps=10):
     def loss(theta):
         logit = h @ theta[:, :-1].T
         log_D = theta[:, -1] + nn.functional.logsigmoid(logit) + log_size
-        value = (expected * log_D.exp() - counts * log_D).sum(0) + 0.5 * (ridge * (theta - about).square()).sum(1)
-        return value, torch.sigmoid(-logit), expected * log_D.exp()
-    value, closed, fisher = loss(theta)
+        fitted = exposure * log_D.exp()
+        value = (fitted - counts * log_D).sum(0) + 0.5 * (ridge * (theta - about).square()).sum(1)
+        return value, torch.sigmoid(-logit), fitted
+    value, closed, fitted = loss(theta)
     for _ in range(steps):
-        error = fisher - counts
+        error = fitted - counts
         gradient = torch.cat([(error * closed).T @ h, error.sum(0)[:, None]], 1) + ridge * (theta - about)
         H = h.new_empty(G, K + 2, K + 2)
-        H[:, :-1, :-1] = ((fisher * closed.square()).T @ hh).view(G, K + 1, K + 1)
-        H[:, -1, :-1] = H[:, :-1, -1] = (fisher * closed).T @ h
-        H[:, -1, -1] = fisher.sum(0)
+        H[:, :-1, :-1] = ((fitted * closed.square()).T @ hh).view(G, K + 1, K + 1)
+        H[:, -1, :-1] = H[:, :-1, -1] = (fitted * closed).T @ h
+        H[:, -1, -1] = fitted.sum(0)
         H += torch.diag(ridge)
         H += torch.diag_embed(damping[:, None] * torch.diagonal(H, dim1=1, dim2=2))
         trial = theta - torch.linalg.solve(H, gradient)
         after = loss(trial)
         better = after[0] < value
         theta = torch.where(better[:, None], trial, theta)
-        value, closed, fisher = (torch.where(better, a, b) for a, b in zip(after, (value, closed, fisher)))
+        value, closed, fitted = (torch.where(better, new, old) for new, old in zip(after, (value, closed, fitted)))
         damping = torch.where(better, damping / 5, damping * 10).clamp(1e-6, 1e6)
     own = (theta - alone).float()
     return with_own(readout, own[:, :K], own[:, -1] - math.log(2), own[:, K])
@@ -363,7 +366,8 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
     """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
 
     AlignMLP and readout are fitted together first. Then every cell's state is inferred from its accessible genes
-    (sharpen), which tells it better than its embedding alone, and AlignMLP learns to say the same.
+    (sharpen), which tells it better than its embedding alone, and AlignMLP learns to say the same. Last, every gene is
+    read once more where D is averaged (refine), from all cells: nothing is chosen by held-out ones any more.
     Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU, peaks: Peaks,
             device: where it is computed, in float32 and float64; the Anchor lies on the CPU
     """

@@ -226,10 +226,13 @@ def test_the_evidence_of_peaks_is_that_of_their_joint_normal():
 
 
 def readout_and_another_course():
-    """A landed readout of 12 genes, and what one with other delta, p, q says at its 150 landmarks."""
+    """A landed readout of 12 genes, and what one with other delta, p, q says at its 150 landmarks of several sizes."""
     rng = generator()
     readout = chromatin.GeneReadout(torch.randn(12, 64, generator=rng)).requires_grad_(False)
     readout.land(torch.randn(150, chromatin.LATENT, generator=rng))
+    readout.log_size = 0.3 * torch.randn(150, generator=rng)
+    readout = chromatin.with_own(readout, 0.2 * torch.randn(readout.delta.shape, generator=rng),
+                                 readout.p + 0.3, readout.q + 0.4)
     own = readout.own()
     other = chromatin.with_own(readout, own["delta"] + 0.3 * torch.randn(own["delta"].shape, generator=rng),
                               own["p"] + 0.2, own["q"] - 0.5)
@@ -245,7 +248,7 @@ def test_a_readout_takes_the_course_it_is_given():
     assert all(torch.equal(now, before[name]) for name, now in readout.own().items())
 
 
-@pytest.mark.parametrize("counts_a_gene, remains", [(1e6, (0, 0.001)), (10, (0.1, 0.9)), (0.1, (0.95, 1))])
+@pytest.mark.parametrize("counts_a_gene, remains", [(1e6, (0, 0.001)), (10, (0.1, 0.9)), (0.01, (0.98, 1))])
 def test_a_readout_is_refined_as_far_as_counts_go(counts_a_gene, remains):
     """Expected counts of another course: what remains of the distance to it, mean square over landmarks and genes."""
     readout, target = readout_and_another_course()
@@ -256,6 +259,22 @@ def test_a_readout_is_refined_as_far_as_counts_go(counts_a_gene, remains):
     found = chromatin.refine(readout, seen, mean)(readout.landmarks)
     share = (found - target).square().mean() / (readout(readout.landmarks) - target).square().mean()
     assert remains[0] <= share <= remains[1]
+
+
+def test_stage_1_ends_with_the_refined_readout(monkeypatch):
+    x, access, _, emb, *_ = population(cells=200)
+    refined = chromatin.fit_anchor(x, access, emb, generator(), steps=50)
+    monkeypatch.setattr(chromatin, "refine", lambda readout, seen, mean: readout)
+    before = chromatin.fit_anchor(x, access, emb, generator(), steps=50)
+    monkeypatch.undo()
+    access = torch.from_numpy(access)
+    depth, mean = chromatin.size_factors(access)
+    with torch.no_grad():
+        again = chromatin.refine(before.readout, before.seen, mean)
+        seen, _ = chromatin.gather(again, access, depth, mean)
+    assert not torch.equal(before.readout.delta, again.delta)
+    torch.testing.assert_close(refined.readout.delta, again.delta)
+    torch.testing.assert_close(refined.seen.counts, seen.counts)                # of the readout that is handed on
 
 
 def test_shares_of_peaks_follow_the_states_and_add_up():

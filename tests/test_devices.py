@@ -112,6 +112,7 @@ def test_every_tensor_of_the_e_steps_lies_where_the_cells_are():
         em = delay_fit._EM.of(there, access, counts, rng)
         assert isinstance(em.counts, Marked) and isinstance(em.e_step(flow).log_tau, Marked)
         assert isinstance(em.weigh(flow).readout.delta, Marked)
+        assert isinstance(chromatin.refine(there.readout, there.seen, em.mean).delta, Marked)
         assert isinstance(em.describe(flow, rng).log_tau, Marked)
         lead = delay_fit.chromatin_lead(there, mark(delay), access, counts, rng, others=1, device=ELSEWHERE)
         assert not isinstance(lead, Marked)
