@@ -14,8 +14,8 @@ cells, counts and delays are distributed otherwise, so that a result that only h
 Depths, shares of flat genes, t_max, t_branch and what the tables hold are those of simulate.py.
 
 With courses=one_switch the same, but every gene opens or closes once. That is the hardest kind for delays: a gene says
-nothing of the pace of the process but where it switches. What it showed led to chromatin.refine, which was chosen on other
-data with the same ingredients (LOG.md, 2026-11-28).
+nothing of the pace of the process but where it switches. What it showed led to chromatin.refine, which was chosen on
+other data with the same ingredients (LOG.md, 2026-11-28).
 
 Use     python benchmarks/known_truth.py --sizes second,switches
 """
