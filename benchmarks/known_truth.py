@@ -36,8 +36,8 @@ Run     python benchmarks/known_truth.py --seeds 100-104                        
         python benchmarks/known_truth.py --seeds 100-101 --rows intervals --replicates 10
         python benchmarks/known_truth.py --seeds 100 --rows multivelo --multivelo
         python benchmarks/known_truth.py --table                                the table and docs/known_truth.png
-        A data set of the first command takes about 75 CPU seconds (default 35, its halves 12, a shuffled row 15,
-        the rivals 10) and 0.6 to 1.1 GiB; a refit 9 CPU seconds.
+        A data set of the first command takes about 150 CPU seconds (default 38 and as much for its halves and what
+        is identifiable, a shuffled row 30, the rivals 10) and 0.6 to 1.1 GiB; a refit 9 CPU seconds.
 """
 import argparse
 import contextlib
