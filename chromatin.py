@@ -3,11 +3,11 @@
     z         AlignMLP(x)                                                   (N, 8)
     D(z, g)   T(z) 4 exp(g.e_g + p_g) sigmoid(kappa P(R z).(e_g + delta_g) + b.e_g + q_g)
     fit       access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g) / T)        ATAC alone, never paired
-    then      P[c, j] ~ prod_g Poisson(access[c, g] | z_j): the readout refitted to it, AlignMLP taught its mean;
-              and once more for delta, p, q, where D is averaged over landmarks (refine)
+    then      P[c, j] ~ prod_g Poisson(access[c, g] | z_j): the readout refitted to it, AlignMLP taught its mean
 
-D is frozen afterwards: delay_fit.py asks what expression follows if this readout is right. GeneReadout.landmarks are
-the states in which it is believed; Seen and PeakShares keep what Stage 1's cells show there.
+delay_fit.py asks what expression follows if this readout is right. What belongs to one gene is fitted to accessibility
+once more there, where RNA helps to place cells (refine); P, g and b are frozen. GeneReadout.landmarks are the states in
+which D is believed; Seen and PeakShares keep what Stage 1's cells show there.
 
 Shapes  N cells, G genes, C peaks of genes, J landmark states; x (N, 256), access (N, G), peaks (N, C),
         gene_emb (G, 512), z (N, 8), D (N, G)
@@ -158,9 +158,8 @@ def refine(readout, seen, mean):
 
     Stage 1 fits D under noise and before it is averaged over landmarks: what results opens and closes more slowly than
     the counts say, and a flow can only make up for that by changing its pace along the process, which bends delays.
-    delta is held near its last values with precision REFINE, p and q, which every count tells, with less. Only one such
-    step: more of them gain nothing (LOG.md).
-    Shapes  seen: Seen of this readout, mean (G,) counts
+    delta is held near its last values with precision REFINE, p and q, which every count tells, with less.
+    Shapes  seen: Seen, mean (G,) counts
     """
     size = readout.hidden(readout.landmarks)[:, -1].exp()
     ridge = REFINE * torch.cat([torch.ones(readout.delta.shape[1]), torch.full((2,), 0.3)]).to(mean)
@@ -366,8 +365,7 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
     """Stage 1: latent and readout from accessibility alone. The number of steps is chosen by held-out cells.
 
     AlignMLP and readout are fitted together first. Then every cell's state is inferred from its accessible genes
-    (sharpen), which tells it better than its embedding alone, and AlignMLP learns to say the same. Last, every gene is
-    read once more where D is averaged (refine), from all cells: nothing is chosen by held-out ones any more.
+    (sharpen), which tells it better than its embedding alone, and AlignMLP learns to say the same.
     Shapes  x (N, 256), access (N, G), gene_emb (G, 512), rng torch.Generator on the CPU, peaks: Peaks,
             device: where it is computed, in float32 and float64; the Anchor lies on the CPU
     """
@@ -412,7 +410,6 @@ def fit_anchor(x, access, gene_emb, rng, steps=800, batch=256, lr=6e-3, held_out
         first.bias -= first.weight @ centre
         z = align(x)
     readout.land(z[train[:N_LANDMARKS]])
-    readout = refine(readout, gather(readout, access, depth, mean)[0], mean)
     seen, of_peaks = gather(readout, access, depth, mean, peaks)
     shares = None if peaks is None else share_out(readout.landmarks.cpu(), of_peaks, peaks, len(mean))
     return on("cpu", Anchor(align, readout, z, nll, step, history, seen, shares))

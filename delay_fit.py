@@ -1,4 +1,4 @@
-"""Stage 2.1 of the identifiable model: flow and delays by expectation-maximisation, Stage 1's readout D frozen.
+"""Stage 2.1 of the identifiable model: flow and delays by expectation-maximisation, on Stage 1's readout D.
 
     dz/dt = v(z), z_0 = z, Lip(v) <= 1
     yhat      A_g sum_s W_s(tau_g) D'(z_s, g) + B_g         D' is D, or with the peaks of every gene given: those of
@@ -6,9 +6,10 @@
     counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])     v and tau learned; as Poisson with exposures s_c / S_c
                                                             from the last E-step, S_c = sum_g mu_g yhat / sum_g mu_g
 
-Expression of gene g is what the frozen readout of its own accessibility gives once the state has moved for
-tau_g. Given v, each gene's likelihood is laid out on a grid of log tau (E-step); given tau, v follows the gradient
-(M-step). The last E-step also integrates out what ATAC leaves open about the accessibility (grid_evidence). Only ratios
+Expression of gene g is what the readout of its own accessibility gives once the state has moved for tau_g. Expression
+never fits D; but it helps to place cells, and D is fitted to their accessibility again (_EM.refined). Given v, each
+gene's likelihood is laid out on a grid of log tau (E-step); given tau, v follows the gradient (M-step). The last E-step
+also integrates out what ATAC leaves open about the accessibility (grid_evidence). Only ratios
 of delays are determined: the gauge is mean log tau = 0 over the genes that carry signal. RNA lags chromatin, so v runs
 backward in developmental time.
 
@@ -36,6 +37,7 @@ from chromatin import (
     on,
     poisson_nll,
     read_as,
+    refine,
     size_factors,
     split_cells,
     state_likelihood,
@@ -57,6 +59,7 @@ RESIDUAL_BANDWIDTH = 2 * BANDWIDTH                          # over which that st
 RESIDUAL_AXES = 16                                          # leading ones; 24 measured the same
 AMPLITUDE = (0.8, 0.5)                                      # prior of A: mean, sd
 OFFSET_SD = 0.5                                             # of B where peaks are weighed, mean expression about 1
+REFINEMENTS = 2                                             # first E-steps before which D is refined
 LEAST_PAIRING = 4.0                                         # standard errors, for RNA to take part in placing cells
 BASAL_SDS = (0.1, 0.2, 0.5, 1.5)                            # of B > 0 in grid_evidence
 
@@ -583,12 +586,15 @@ class _Flow:
     A: torch.Tensor
     B: torch.Tensor
     prior: torch.Tensor             # (G,) mean of log tau
-    readout: GeneReadout            # D'
+    D: GeneReadout
+    given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j) under D
+    readout: GeneReadout            # D'; D itself before peaks are weighed
     peak_weight: torch.Tensor       # (C,)
     peak_sd: torch.Tensor           # (C,)
     held_out: torch.Tensor | None = None    # (N_out,) log-likelihood of each held-out cell
     epoch: int = 0
     history: tuple = ()             # (epoch, held-out nats a cell)
+    refined: int = 0                # how often D has been
 
 
 @dataclass
@@ -616,7 +622,10 @@ class _EM:
     batch: int
     kinetic: float
     rna_only: torch.Tensor
-    given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j)
+    access: torch.Tensor
+    access_depth: torch.Tensor      # (N,) size factors and (G,) mean, in the units of Stage 1
+    access_mean: torch.Tensor
+    given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j) under Stage 1's D
     peaks: PeakShares | None
     seen: Seen
     paired: bool = True             # RNA takes part in placing cells
@@ -627,10 +636,13 @@ class _EM:
         access, counts, rna_only = (torch.as_tensor(a, dtype=torch.float32, device=anchor.z.device) for a in (
             access, counts, counts[:0] if rna_only is None else rna_only))
         train, out = split_cells(len(counts), held_out, rng)
+        total = anchor.seen.exposure.sum()
+        mean = (anchor.seen.counts.sum(0) / total).clamp_min(1e-6)
+        depth = (access.sum(1) / mean.sum()).clamp_min(1e-3)
         with torch.no_grad():
-            given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, *size_factors(access))
+            given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, depth, mean)
         em = cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
-                 rna_only, given_atac, anchor.peaks, anchor.seen)
+                 rna_only, access, depth, mean, given_atac, anchor.peaks, anchor.seen)
         return replace(em, paired=em.pairing() > LEAST_PAIRING)
 
     def begin(self, kernel, after=None):
@@ -640,7 +652,7 @@ class _EM:
             new = self.mean.new_full
             return _Flow(EffendiVectorField(LATENT, 128).to(self.z.device), kernel, new((n_genes,), 0.0),
                          new((n_genes,), 0.8), new((n_genes,), 0.2), new((n_genes,), 0.0), self.readout,
-                         new((n_peaks,), 1.0), new((n_peaks,), PEAK_SD))
+                         self.given_atac, self.readout, new((n_peaks,), 1.0), new((n_peaks,), PEAK_SD))
         flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None, kernel=kernel)
         return self.e_step(flow if self.peaks is None else self.weigh(flow))
 
@@ -665,12 +677,29 @@ class _EM:
         states = path(flow.field.eval(), self.readout.landmarks, self.times)
         yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
         log_share, counts, exposure = self.log_share(yhat) * self.paired, 0.0, 0.0
-        paired = ((self.counts[part], self.given_atac[part]) for part in rows.split(4096))
+        paired = ((self.counts[part], flow.given_atac[part]) for part in rows.split(4096))
         alone = ((part, 0.0) for part in self.rna_only.split(4096) if len(part) and self.paired)
         for y, given_atac in (*paired, *alone):
             P = torch.softmax(given_atac + y @ log_share.T, 1)
             counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
         return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
+
+    @torch.no_grad()
+    def refined(self, flow):
+        """The flow with D fitted once more to accessibility (chromatin.refine), cells placed by both modalities.
+
+        Cells that only Stage 1 has seen, and held-out ones, stay where their ATAC puts them.
+        """
+        states = path(flow.field.eval(), self.readout.landmarks, self.times)
+        log_share = self.log_share(predict(states, flow.readout, self.weights(flow), flow.A, flow.B)) * self.paired
+        counts, exposure = self.seen.counts, self.seen.exposure
+        for part in self.train.split(4096):
+            P = torch.softmax(flow.given_atac[part] + self.counts[part] @ log_share.T, 1)
+            P = P - torch.softmax(self.given_atac[part], 1)                     # with which Stage 1 has counted them
+            counts, exposure = counts + P.T @ self.access[part], exposure + P.T @ self.access_depth[part]
+        D = refine(flow.D, Seen(counts.clamp_min(0), exposure.clamp_min(0)), self.access_mean)
+        given_atac = state_likelihood(D, D.landmarks, self.access, self.access_depth, self.access_mean)
+        return replace(flow, D=D, readout=D, given_atac=given_atac, refined=flow.refined + 1)
 
     @torch.no_grad()
     def pairing(self):
@@ -730,14 +759,14 @@ class _EM:
         real, weight, sd = peaks >= 0, torch.empty_like(flow.peak_weight), torch.empty_like(flow.peak_sd)
         weight[peaks[real]] = torch.where(weighed, b / scale, 1.0)[real]
         sd[peaks[real]] = torch.where(weighed, torch.cat(variances).sqrt() / scale, 0.0)[real]
-        return replace(flow, readout=read_as(self.readout, torch.cat(courses, 1)), peak_weight=weight, peak_sd=sd)
+        return replace(flow, readout=read_as(flow.D, torch.cat(courses, 1)), peak_weight=weight, peak_sd=sd)
 
     def explainer(self, flow, rows, grid=LOG_TAU):
         """A function that explains genes by peaks of others: what weigh_peaks says, and these at t = 0 (J, g, k)."""
         states, counts, exposure = self.at_landmarks(flow, rows)
         now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B).clamp_min(0.05)     # (J, G)
         W = kernel_weights(grid.exp(), self.times, flow.kernel).to(self.z.device)
-        D, near = self.readout(states), self.readout.near(states)               # (T+1, J, G), (T+1, J, J)
+        D, near = flow.D(states), flow.D.near(states)               # (T+1, J, G), (T+1, J, J)
         peaks = self.peaks or PeakShares(torch.arange(len(self.mean), device=D.device), D.new_ones(D.shape[1:]))
         of_genes, shares = peaks.of_genes(len(self.mean)), nn.functional.pad(peaks.share, (0, 1))
 
@@ -775,13 +804,15 @@ class _EM:
                 continue
             if (epoch - warm) % every == 0:
                 offset = self.exposure(flow)
-                if self.peaks is not None and flow.readout is self.readout and epoch > warm:
+                if flow.refined < REFINEMENTS:
+                    flow = self.refined(flow)
+                if self.peaks is not None and flow.readout is flow.D and epoch > warm:
                     flow = self.e_step(self.weigh(flow))
                 else:
                     flow = self.e_step(flow, damping=0.7)
             like = self.likelihood_out(flow)
             history.append((epoch, like.mean().item()))
-            if self.peaks is not None and flow.readout is self.readout:
+            if self.peaks is not None and flow.readout is flow.D:
                 continue                                    # peaks not weighed yet
             if best is None or like.mean() > best.held_out.mean():
                 best = replace(flow, field=copy.deepcopy(field), held_out=like, epoch=epoch)
@@ -795,7 +826,7 @@ class _EM:
 
         Twice, since the delays found first, which need not be exact, tell better which states the cells are in.
         """
-        cells, residual = torch.arange(len(self.z)), Residual(self.readout, self.seen)
+        cells, residual = torch.arange(len(self.z)), Residual(flow.D, self.seen)
         for fineness in ((26, 5), (101, 4)):
             states, counts, exposure = self.at_landmarks(flow, cells)
             _, a, b = self.likelihood(flow, states, counts, exposure)
@@ -820,13 +851,13 @@ class _EM:
                                  flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
         readouts = [flow.readout]
         if self.peaks is not None:
-            readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=self.readout))).readout)
+            readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=flow.D))).readout)
         still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
                      for readout in readouts), key=torch.sum)
         still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)[0]
                                   for readout in readouts]).amax(0)
         another = torch.randperm(len(self.mean), generator=rng)
-        own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)[0]
+        own, foreign = (still_genes(self.z, flow.D, self.counts, offset, self.mean, genes)[0]
                         for genes in (None, another))
         gene_gain = (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene
         level = gauge(last.log_tau, sd, self.prior_sd).item()
@@ -848,7 +879,7 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0, d
     em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)
     n = len(em.mean)
     flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, em.mean.new_zeros(n),
-                 delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
+                 em.readout, em.given_atac, delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
     grid = LOG_TAU[::2].to(device)
     explain = em.explainer(flow, torch.arange(len(counts)), grid)
 

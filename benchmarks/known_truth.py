@@ -5,8 +5,8 @@
     coverage    share of planted log tau, in the gauge, inside the nominal 90 % interval; width in log tau
     gate        whether the run says that tau means something; identifiable: share of genes marked so
 
-Data come from simulate.py (sizes "second", "switches": from second_population.py) and go through the functions of Stage
-0: choice of peaks, LSI, gene accessibility, gene embeddings. Rows:
+Data come from simulate.py (sizes "second", "switches", "stages": from second_population.py) and go through the
+functions of Stage 0: choice of peaks, LSI, gene accessibility, gene embeddings. Rows:
 
     default             both stages with the settings of config.py, the gate, and `identifiable`
     intervals           default, and --replicates refits on resampled cells behind its intervals
@@ -32,7 +32,7 @@ and the data included. One thread, one process; with --processes 2 members are f
 
 Run     python benchmarks/known_truth.py --seeds 100-104                        3 lineages, 3,000 cells, 400 genes
         python benchmarks/known_truth.py --seeds 100-101 --sizes few,one,genes,cells --rows default,true_time
-        python benchmarks/known_truth.py --seeds 100-104 --sizes second,switches   the second generator
+        python benchmarks/known_truth.py --seeds 100-104 --sizes second,switches,stages
         python benchmarks/known_truth.py --seeds 100-101 --rows intervals --replicates 10
         python benchmarks/known_truth.py --seeds 100 --rows multivelo --multivelo
         python benchmarks/known_truth.py --table                                the table and docs/known_truth.png
@@ -80,10 +80,11 @@ from vector_field import EffendiVectorField  # noqa: E402
 
 SIZES = {"main": {}, "few": dict(cells=1000), "one": dict(lineages=1), "genes": dict(genes=1000),
          "cells": dict(cells=6000), "second": dict(simulator=second_population.population),
-         "switches": dict(simulator=partial(second_population.population, courses=second_population.one_switch))}
+         "switches": dict(simulator=partial(second_population.population, courses=second_population.one_switch)),
+         "stages": dict(simulator=partial(second_population.population, courses=second_population.stages))}
 SIZE_NAMES = {"main": "3 lineages, 3,000 cells, 400 genes", "few": "1,000 cells", "one": "one lineage",
               "genes": "1,000 genes", "cells": "6,000 cells", "second": "second generator",
-              "switches": "second generator, one switch a gene"}
+              "switches": "second generator, one switch a gene", "stages": "second generator, stages"}
 FITS = ("chromatin.py", "delay_fit.py", "anchored.py")
 STEP = 0.05                                 # of the grid on which courses along time are kept
 WIDTHS = (0.1, 0.16, 0.25, 0.4, 0.65)       # bandwidths tried for them, time units, held-out cells choose

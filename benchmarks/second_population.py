@@ -112,6 +112,24 @@ def one_switch(rng, t, o, flat):
     return np.where(flat, 0.6, least + (1 - least) * np.where(opens, switched, 1 - switched))
 
 
+def stages(rng, t, o, flat):
+    """Two new stages in the trunk, one where lineages part, two in each. At each, genes head for another level with
+    probability 0.35, up to 0.6 later, and near it exponentially: fast at first, and many genes at a time."""
+    n = len(flat)
+    nearing = rng.uniform(0.1, 0.6, n)                      # time units
+    target = np.broadcast_to(rng.uniform(0.1, 1.0, n), (o.lineages, len(t), n)).copy()
+
+    def stage(begins, lineages):
+        changed, after = (rng.random(n) < 0.35) & ~flat, t[:, None] >= begins + rng.uniform(0, 0.6, n)
+        target[lineages] = np.where(changed & after, rng.uniform(0.1, 1.0, n), target[lineages])
+    for begins in np.sort(rng.uniform(0.2, o.t_branch - 0.6, 2)):               # the last gene before lineages part
+        stage(begins, slice(None))
+    for lineage in range(o.lineages):
+        for begins in (o.t_branch, *np.sort(rng.uniform(o.t_branch + 0.6, o.t_max - 0.2, 2))):
+            stage(begins, lineage)
+    return np.stack([simulate.lag(course, nearing, t[1]) for course in target])
+
+
 def delayed(a, tau, t, kernel):
     """Every course (L, T, G) after its gene's delay; before time 0 as at 0."""
     if kernel == "exp":

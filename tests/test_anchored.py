@@ -261,22 +261,6 @@ def test_a_readout_is_refined_as_far_as_counts_go(counts_a_gene, remains):
     assert remains[0] <= share <= remains[1]
 
 
-def test_stage_1_ends_with_the_refined_readout(monkeypatch):
-    x, access, _, emb, *_ = population(cells=200)
-    refined = chromatin.fit_anchor(x, access, emb, generator(), steps=50)
-    monkeypatch.setattr(chromatin, "refine", lambda readout, seen, mean: readout)
-    before = chromatin.fit_anchor(x, access, emb, generator(), steps=50)
-    monkeypatch.undo()
-    access = torch.from_numpy(access)
-    depth, mean = chromatin.size_factors(access)
-    with torch.no_grad():
-        again = chromatin.refine(before.readout, before.seen, mean)
-        seen, _ = chromatin.gather(again, access, depth, mean)
-    assert not torch.equal(before.readout.delta, again.delta)
-    torch.testing.assert_close(refined.readout.delta, again.delta)
-    torch.testing.assert_close(refined.seen.counts, seen.counts)                # of the readout that is handed on
-
-
 def test_shares_of_peaks_follow_the_states_and_add_up():
     """Two peaks of every gene of which one takes over with time: its share rises from the first cells to the last."""
     x, access, counts, emb, _, time = population(with_time=True)
@@ -574,6 +558,37 @@ def test_rna_of_other_cells_takes_no_part_in_placing_cells(data, result):
     assert not em.paired                                    # and what has no ATAC has no place then
     by_atac = torch.softmax(em.given_atac[rows], 1).T @ em.counts[rows]
     torch.testing.assert_close(em.at_landmarks(flow, rows)[1], by_atac, atol=1e-4, rtol=0)
+
+
+def test_accessibility_is_read_once_more_where_both_modalities_place_the_cells(data, result):
+    """Stage 1 saw 100 cells more than are paired: those, and held-out ones, stay where their ATAC alone puts them."""
+    anchor, paired = result.anchors[0], len(data[0]) - 100
+    access, counts = (torch.tensor(data[k]) for k in (1, 2))
+    depth, mean = chromatin.size_factors(access)
+    em = delay_fit._EM.of(replace(anchor, z=anchor.z[:paired]), access[:paired], counts[:paired], generator())
+    torch.testing.assert_close(em.access_depth, depth[:paired])                 # in units of all cells
+    flow, landmarks = replace(em.begin("exp"), field=delay_fit.Still()), anchor.readout.landmarks
+    log_p = torch.log_softmax(chromatin.state_likelihood(anchor.readout, landmarks, access, depth, mean), 1)
+    share = mean_share(em, anchor.readout(landmarks))
+    both = log_p.clone()
+    both[em.train] += counts[em.train] @ share.log().T
+    P = torch.softmax(both, 1)
+    expected = chromatin.refine(anchor.readout, chromatin.Seen(P.T @ access, P.T @ depth), mean)
+    once = em.refined(flow)
+    torch.testing.assert_close(once.D(anchor.z), expected(anchor.z), rtol=1e-3, atol=1e-3)
+    assert once.readout is once.D and once.refined == 1 and em.readout is anchor.readout
+    alone = chromatin.refine(anchor.readout, anchor.seen, mean)
+    assert not torch.allclose(once.D(anchor.z), alone(anchor.z), rtol=1e-2, atol=1e-2)
+    again = chromatin.state_likelihood(once.D, landmarks, access[:paired], depth[:paired], mean)
+    torch.testing.assert_close(once.given_atac, again, rtol=0, atol=1e-2)       # float32 sums of hundreds
+    strangers = replace(em, paired=False).refined(flow)                         # RNA of other cells has no say
+    torch.testing.assert_close(strangers.D(anchor.z), alone(anchor.z), rtol=1e-3, atol=1e-3)
+
+
+def mean_share(em, D):
+    """What share of counts genes have at the landmarks as a fit begins (J, G)."""
+    rate = em.mean * (0.8 * D + 0.2)
+    return rate / rate.sum(1, keepdim=True)
 
 
 def test_few_pairs_are_known_for_pairs_and_few_strangers_are_not(data):

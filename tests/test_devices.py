@@ -106,13 +106,16 @@ def test_every_tensor_of_the_e_steps_lies_where_the_cells_are():
     anchor = chromatin.fit_anchor(x, access, emb, torch.Generator().manual_seed(0), steps=50, peaks=peaks)
     delay = delay_fit.fit_delay(anchor, access, counts, torch.Generator().manual_seed(0), "exp", epochs=9)
     rng, there, n = torch.Generator().manual_seed(0), mark(anchor), len(emb)
-    flow = mark(delay_fit._Flow(delay.field, "exp", delay.log_tau, delay.A, delay.B, torch.zeros(n),
-                                delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd, delay.held_out))
+    with torch.no_grad():
+        given_atac = delay_fit._EM.of(anchor, access, counts, torch.Generator().manual_seed(0)).given_atac
+    flow = mark(delay_fit._Flow(delay.field, "exp", delay.log_tau, delay.A, delay.B, torch.zeros(n), anchor.readout,
+                                given_atac, delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd,
+                                delay.held_out))
     with TwoDevices(), torch.no_grad():
         em = delay_fit._EM.of(there, access, counts, rng)
         assert isinstance(em.counts, Marked) and isinstance(em.e_step(flow).log_tau, Marked)
         assert isinstance(em.weigh(flow).readout.delta, Marked)
-        assert isinstance(chromatin.refine(there.readout, there.seen, em.mean).delta, Marked)
+        assert isinstance(em.refined(flow).D.delta, Marked)
         assert isinstance(em.describe(flow, rng).log_tau, Marked)
         lead = delay_fit.chromatin_lead(there, mark(delay), access, counts, rng, others=1, device=ELSEWHERE)
         assert not isinstance(lead, Marked)

@@ -87,6 +87,17 @@ def test_lineages_of_single_switches_are_one_before_they_part():
     assert np.abs(np.diff(a, axis=1)).max() < 0.06          # 0.9 / 4 / 0.1 a unit is the steepest; and nothing jumps
 
 
+def test_stages_change_many_genes_at_a_time_and_none_before_lineages_part_in_one_alone():
+    o, t = simulate.Options(genes=300), np.linspace(0, 6, 301)
+    flat = np.arange(300) < 30
+    a = second_population.stages(np.random.default_rng(0), t, o, flat)
+    assert a.shape == (3, 301, 300) and a.min() >= 0.1 and a.max() <= 1
+    assert np.ptp(a[:, t <= o.t_branch], 0).max() == 0 and np.ptp(a[..., flat], (0, 1)).max() < 1e-12
+    changing = (np.abs(np.diff(a[0, t < o.t_branch], axis=0)) > 1e-2).mean(1)   # share of genes at every time
+    assert changing.max() > 0.1 and changing.min() == 0     # some stage has begun; before the first nothing changes
+    assert np.abs(np.diff(a, axis=1)).max() < 0.2           # 0.9 (1 - exp(-0.02 / 0.1)) at most
+
+
 def test_a_shift_moves_the_course_and_stays_at_its_beginning():
     drive = switches(np.array([2.0]))
     moved = known_truth.lagged(drive, 0.5, "shift", 1)[0, :, 0]
