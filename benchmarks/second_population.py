@@ -1,4 +1,4 @@
-"""A second simulated population with known delays, on whose data no setting of Effendi was chosen.
+"""A second simulated population with known delays, on whose data no setting of Effendi was chosen (but see one_switch).
 
 simulate.py gives every gene switches and pulses of its own. Here courses come from regulators that genes share, and
 cells, counts and delays are distributed otherwise, so that a result that only holds in simulate.py shows itself.
@@ -13,11 +13,11 @@ cells, counts and delays are distributed otherwise, so that a result that only h
 
 Depths, shares of flat genes, t_max, t_branch and what the tables hold are those of simulate.py.
 
-With courses=one_switch the same, but every gene opens or closes once. That is the hardest kind for delays: a gene says
-nothing of the pace of the process but where it switches. What it showed led to chromatin.refine, which was chosen on
-other data with the same ingredients (LOG.md, 2026-11-28).
+With courses=one_switch the same, but every gene opens or closes once: a gene says nothing of the pace of the process
+but where it switches. On its seeds 30 to 33 settings were chosen (LOG.md, 2026-11-28). With courses=stages many genes
+change at a time, abruptly; on these data nothing was chosen either.
 
-Use     python benchmarks/known_truth.py --sizes second,switches
+Use     python benchmarks/known_truth.py --sizes second,switches,stages
 """
 import sys
 from pathlib import Path
