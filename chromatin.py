@@ -5,9 +5,9 @@
     fit       access[c, g] ~ Poisson(mu_a[g] s_a[c] D(z_c + 0.3 eps, g) / T)        ATAC alone, never paired
     then      P[c, j] ~ prod_g Poisson(access[c, g] | z_j): the readout refitted to it, AlignMLP taught its mean
 
-delay_fit.py asks what expression follows if this readout is right. What belongs to one gene is fitted to accessibility
-once more there, where RNA helps to place cells (refine); P, g and b are frozen. GeneReadout.landmarks are the states in
-which D is believed; Seen and PeakShares keep what Stage 1's cells show there.
+delay_fit.py asks what expression follows if this readout is right. There, where RNA helps to place cells, what belongs
+to one gene is fitted to accessibility again (refine); all else is frozen. GeneReadout.landmarks are the states in which
+D is believed; Seen and PeakShares keep what Stage 1's cells show there.
 
 Shapes  N cells, G genes, C peaks of genes, J landmark states; x (N, 256), access (N, G), peaks (N, C),
         gene_emb (G, 512), z (N, 8), D (N, G)

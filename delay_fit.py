@@ -6,12 +6,12 @@
     counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])     v and tau learned; as Poisson with exposures s_c / S_c
                                                             from the last E-step, S_c = sum_g mu_g yhat / sum_g mu_g
 
-Expression of gene g is what the readout of its own accessibility gives once the state has moved for tau_g. Expression
-never fits D; but it helps to place cells, and D is fitted to their accessibility again (_EM.refined). Given v, each
-gene's likelihood is laid out on a grid of log tau (E-step); given tau, v follows the gradient (M-step). The last E-step
-also integrates out what ATAC leaves open about the accessibility (grid_evidence). Only ratios
-of delays are determined: the gauge is mean log tau = 0 over the genes that carry signal. RNA lags chromatin, so v runs
-backward in developmental time.
+Expression of gene g is what the readout of its own accessibility gives once the state has moved for tau_g. D is not
+fitted to expression; but RNA helps to place cells, and D is fitted to their accessibility twice more (_EM.refined).
+Given v, each gene's likelihood is laid out on a grid of log tau (E-step); given tau, v follows the gradient (M-step).
+The last E-step also integrates out what ATAC leaves open about the accessibility (grid_evidence). Only ratios of delays
+are determined: the gauge is mean log tau = 0 over the genes that carry signal. RNA lags chromatin, so v runs backward
+in developmental time.
 
 Shapes  N cells, G genes, C peaks of genes, J landmark states, T + 1 saved times, U grid values; access and counts
         (N, G), z (N, 8), D (N, G), log_tau (G,)
@@ -157,9 +157,10 @@ class Residual:
         r(z, g) = sum_j w_j(z) (Phi c_g)_j            w as in GeneReadout.hidden
         Phi Phi^T ~ RESIDUAL_SD^2 exp(-|z_j - z_k|^2 / 2 RESIDUAL_BANDWIDTH^2), its leading axes;  c ~ N(0, 1) a priori
         seen[j, g] / (mu_g s_j / T_j) ~ N(D + Phi c, variance of the counts)
-    D has been fitted to these counts, as well as its shape allows: how far it may be off, and where the counts say that
-    it is, decides what expression may ask of it. Exact in c: a normal distribution, kept as precision and pull. ATAC is
-    compared with Phi c, expression with r, its average around a state, 4-8 % smaller.
+    D has been fitted to these cells' counts, as well as its shape allows: how far it may be off, and where the counts
+    say that it is, decides what expression may ask of it. Cells are where Stage 1 puts them, though D has been refined
+    since: placed by RNA too, they gain nothing (LOG.md). Exact in c: a normal distribution, kept as precision and pull.
+    ATAC is compared with Phi c, expression with r, its average around a state, 4-8 % smaller.
     Ref     Rasmussen & Williams 2006, Gaussian processes for machine learning, chapters 2 and 8
     """
 
@@ -606,9 +607,10 @@ class _EM:
             share_jg = mu_g yhat(z_j, g) / sum of it;  then L_g(log tau) from the sums of P counts and P depth per state
             The last one (last_e_step) believes D' only as far as ATAC's counts support it (grid_evidence).
     The ATAC of a cell leaves its state open; its RNA narrows it, given all genes' delays so far. A cell without ATAC
-    has a flat first factor. Nothing of this is needed or used to predict. A factor that is broader than what ATAC says,
-    such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing would give delays too. So would
-    RNA of another cell: where there is no sign that pairs are pairs (pairing), ATAC alone places cells.
+    has a flat first factor. Predictions need what is learned so, D', v and delays, and no cell's RNA. A factor that is
+    broader than what ATAC says, such as exp(-|z_c - z_j|^2 / 2 h^2), would let RNA overrule it, and shuffled pairing
+    would give delays too. So would RNA of another cell: where there is no sign that pairs are pairs (pairing), ATAC
+    alone places cells.
     """
     z: torch.Tensor
     readout: GeneReadout
@@ -671,12 +673,17 @@ class _EM:
         share = self.mean * yhat
         return (share / share.sum(1, keepdim=True)).clamp_min(1e-30).log()
 
+    def expected(self, flow):
+        """Paths (T+1, J, 8) of the landmarks, yhat (J, G), and log_share, 0 where RNA does not take part in placing."""
+        states = path(flow.field.eval(), self.readout.landmarks, self.times)
+        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
+        return states, yhat, self.log_share(yhat) * self.paired
+
     @torch.no_grad()
     def at_landmarks(self, flow, rows):
         """Paths (T+1, J, 8) of the landmarks; counts (J, G) and exposures (J,) of the cells `rows` expected there."""
-        states = path(flow.field.eval(), self.readout.landmarks, self.times)
-        yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
-        log_share, counts, exposure = self.log_share(yhat) * self.paired, 0.0, 0.0
+        states, yhat, log_share = self.expected(flow)
+        counts, exposure = 0.0, 0.0
         paired = ((self.counts[part], flow.given_atac[part]) for part in rows.split(4096))
         alone = ((part, 0.0) for part in self.rna_only.split(4096) if len(part) and self.paired)
         for y, given_atac in (*paired, *alone):
@@ -688,15 +695,15 @@ class _EM:
     def refined(self, flow):
         """The flow with D fitted once more to accessibility (chromatin.refine), cells placed by both modalities.
 
-        Cells that only Stage 1 has seen, and held-out ones, stay where their ATAC puts them.
+        Cells that only Stage 1 has seen, and held-out ones, stay where it put them.
         """
-        states = path(flow.field.eval(), self.readout.landmarks, self.times)
-        log_share = self.log_share(predict(states, flow.readout, self.weights(flow), flow.A, flow.B)) * self.paired
-        counts, exposure = self.seen.counts, self.seen.exposure
+        log_share, counts, exposure = self.expected(flow)[2], self.seen.counts, self.seen.exposure
+        known = (exposure.sum() / self.access_depth.sum()).clamp_max(1)         # share of the cells that Stage 1 saw
         for part in self.train.split(4096):
             P = torch.softmax(flow.given_atac[part] + self.counts[part] @ log_share.T, 1)
-            P = P - torch.softmax(self.given_atac[part], 1)                     # with which Stage 1 has counted them
-            counts, exposure = counts + P.T @ self.access[part], exposure + P.T @ self.access_depth[part]
+            moved = known * (P - torch.softmax(self.given_atac[part], 1)).T
+            counts, exposure = counts + moved @ self.access[part], exposure + moved @ self.access_depth[part]
+        # Below 0 by rounding, or where the cells that Stage 1 did not see are others.
         D = refine(flow.D, Seen(counts.clamp_min(0), exposure.clamp_min(0)), self.access_mean)
         given_atac = state_likelihood(D, D.landmarks, self.access, self.access_depth, self.access_mean)
         return replace(flow, D=D, readout=D, given_atac=given_atac, refined=flow.refined + 1)
@@ -841,15 +848,16 @@ class _EM:
         """The DelayFit: the last E-step, and what v = 0 and other genes' chromatin explain.
 
         The delays come from grid_evidence. A and B go with D' as it is, since that is what predicts.
-        v = 0 is given the better of the weights of peaks that the moving fit chose and of its own. A gene's own
-        chromatin is compared with another's before peaks are weighed, since those of the other are not.
+        v = 0 is given the best of the weights of peaks that the moving fit chose, of its own, and of Stage 1's D, which
+        no moving fit has helped to find. A gene's own chromatin is compared with another's in that D, which has seen no
+        RNA.
         """
         offset = self.exposure(flow)
         weights = self.weights(flow)
         last, sd = self.last_e_step(flow)
         moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
                                  flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
-        readouts = [flow.readout]
+        readouts = [flow.readout, self.readout]
         if self.peaks is not None:
             readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=flow.D))).readout)
         still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
@@ -857,7 +865,7 @@ class _EM:
         still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)[0]
                                   for readout in readouts]).amax(0)
         another = torch.randperm(len(self.mean), generator=rng)
-        own, foreign = (still_genes(self.z, flow.D, self.counts, offset, self.mean, genes)[0]
+        own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)[0]
                         for genes in (None, another))
         gene_gain = (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene
         level = gauge(last.log_tau, sd, self.prior_sd).item()
@@ -872,8 +880,8 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0, d
     """Nats by which a gene's own chromatin, moved by the flow, beats the best of some other genes' (G,).
 
         log sum_u exp(E_g(u) - u^2 / 2)       E the evidence of weigh_peaks, less the largest with another's peaks
-    Whosever they are, peaks are weighed anew to explain the gene. A gene that follows other chromatin than its own
-    leads one time in others + 1, and its delay means nothing.
+    Whosever they are, peaks are weighed anew to explain the gene, in Stage 1's D, which has seen no RNA. A gene that
+    follows other chromatin than its own leads one time in others + 1, and its delay means nothing.
     """
     anchor, delay = on(device, anchor), on(device, delay)
     em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)

@@ -560,35 +560,50 @@ def test_rna_of_other_cells_takes_no_part_in_placing_cells(data, result):
     torch.testing.assert_close(em.at_landmarks(flow, rows)[1], by_atac, atol=1e-4, rtol=0)
 
 
-def test_accessibility_is_read_once_more_where_both_modalities_place_the_cells(data, result):
-    """Stage 1 saw 100 cells more than are paired: those, and held-out ones, stay where their ATAC alone puts them."""
+def test_accessibility_is_read_again_where_both_modalities_place_the_cells(data, result):
+    """Stage 1 saw 100 cells more than are paired: those, and held-out ones, stay where it put them."""
     anchor, paired = result.anchors[0], len(data[0]) - 100
     access, counts = (torch.tensor(data[k]) for k in (1, 2))
     depth, mean = chromatin.size_factors(access)
     em = delay_fit._EM.of(replace(anchor, z=anchor.z[:paired]), access[:paired], counts[:paired], generator())
     torch.testing.assert_close(em.access_depth, depth[:paired])                 # in units of all cells
-    flow, landmarks = replace(em.begin("exp"), field=delay_fit.Still()), anchor.readout.landmarks
-    log_p = torch.log_softmax(chromatin.state_likelihood(anchor.readout, landmarks, access, depth, mean), 1)
-    share = mean_share(em, anchor.readout(landmarks))
-    both = log_p.clone()
-    both[em.train] += counts[em.train] @ share.log().T
-    P = torch.softmax(both, 1)
-    expected = chromatin.refine(anchor.readout, chromatin.Seen(P.T @ access, P.T @ depth), mean)
-    once = em.refined(flow)
-    torch.testing.assert_close(once.D(anchor.z), expected(anchor.z), rtol=1e-3, atol=1e-3)
-    assert once.readout is once.D and once.refined == 1 and em.readout is anchor.readout
+    by_stage_1 = chromatin.state_posterior(anchor.readout, anchor.readout.landmarks, access, depth, mean)
+    first = replace(em.begin("exp"), field=delay_fit.Still())
+    second = em.refined(first)
+    for before, after in ((first, second), (second, em.refined(second))):
+        log_share = em.log_share(0.8 * before.D(before.D.landmarks) + 0.2)
+        log_p = chromatin.state_likelihood(before.D, before.D.landmarks, access, depth, mean) + counts @ log_share.T
+        P = by_stage_1.clone()
+        P[em.train] = torch.softmax(log_p, 1)[em.train]
+        expected = chromatin.refine(before.D, chromatin.Seen(P.T @ access, P.T @ depth), mean)
+        torch.testing.assert_close(after.D(anchor.z), expected(anchor.z), rtol=1e-3, atol=1e-3)
+        assert after.readout is after.D and after.refined == before.refined + 1 and em.readout is anchor.readout
+        torch.testing.assert_close(em.at_landmarks(before, em.train)[1], P[em.train].T @ counts[em.train],
+                                   rtol=1e-3, atol=1e-1)    # in all, some 100 counts a landmark and gene
     alone = chromatin.refine(anchor.readout, anchor.seen, mean)
-    assert not torch.allclose(once.D(anchor.z), alone(anchor.z), rtol=1e-2, atol=1e-2)
-    again = chromatin.state_likelihood(once.D, landmarks, access[:paired], depth[:paired], mean)
-    torch.testing.assert_close(once.given_atac, again, rtol=0, atol=1e-2)       # float32 sums of hundreds
-    strangers = replace(em, paired=False).refined(flow)                         # RNA of other cells has no say
+    assert not torch.allclose(second.D(anchor.z), alone(anchor.z), rtol=1e-2, atol=1e-2)
+    strangers = replace(em, paired=False).refined(first)                        # RNA of other cells has no say
     torch.testing.assert_close(strangers.D(anchor.z), alone(anchor.z), rtol=1e-3, atol=1e-3)
 
 
-def mean_share(em, D):
-    """What share of counts genes have at the landmarks as a fit begins (J, G)."""
-    rate = em.mean * (0.8 * D + 0.2)
-    return rate / rate.sum(1, keepdim=True)
+def test_cells_that_stage_1_has_not_seen_are_not_taken_from_it(data, result, monkeypatch):
+    """It may be given a part of very many pairs. Then what RNA moves is that part of all."""
+    anchor, given = result.anchors[0], []
+    half = chromatin.Seen(anchor.seen.counts / 2, anchor.seen.exposure / 2)
+    monkeypatch.setattr(delay_fit, "refine", lambda readout, seen, mean: given.append(seen) or readout)
+    for seen in (anchor.seen, half):
+        em = delay_fit._EM.of(replace(anchor, seen=seen), *data[1:3], generator())
+        em.refined(replace(em.begin("exp"), field=delay_fit.Still()))
+    torch.testing.assert_close(given[1].counts, given[0].counts / 2, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(given[1].exposure, given[0].exposure / 2, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fit_refines_accessibility_twice_and_then_weighs_the_peaks_of_that():
+    x, access, counts, emb, peaks, _ = split_peaks(0.5, 0, cells=300)
+    anchor = chromatin.fit_anchor(x, access, emb, generator(), steps=50, peaks=peaks)
+    em = delay_fit._EM.of(anchor, access, counts, generator())
+    flow = em.run(em.begin("exp"), generator(), 9, 6, 3, 1e-2)
+    assert flow.refined == 2 and flow.D is not em.readout and flow.readout is not flow.D
 
 
 def test_few_pairs_are_known_for_pairs_and_few_strangers_are_not(data):

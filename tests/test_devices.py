@@ -106,13 +106,12 @@ def test_every_tensor_of_the_e_steps_lies_where_the_cells_are():
     anchor = chromatin.fit_anchor(x, access, emb, torch.Generator().manual_seed(0), steps=50, peaks=peaks)
     delay = delay_fit.fit_delay(anchor, access, counts, torch.Generator().manual_seed(0), "exp", epochs=9)
     rng, there, n = torch.Generator().manual_seed(0), mark(anchor), len(emb)
-    with torch.no_grad():
-        given_atac = delay_fit._EM.of(anchor, access, counts, torch.Generator().manual_seed(0)).given_atac
-    flow = mark(delay_fit._Flow(delay.field, "exp", delay.log_tau, delay.A, delay.B, torch.zeros(n), anchor.readout,
-                                given_atac, delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd,
-                                delay.held_out))
+    found = mark(dict(field=delay.field, log_tau=delay.log_tau, A=delay.A, B=delay.B, prior=torch.zeros(n),
+                      readout=delay.followed(anchor.readout), peak_weight=delay.peak_weight, peak_sd=delay.peak_sd,
+                      held_out=delay.held_out))
     with TwoDevices(), torch.no_grad():
         em = delay_fit._EM.of(there, access, counts, rng)
+        flow = delay_fit._Flow(kernel="exp", D=em.readout, given_atac=em.given_atac, **found)
         assert isinstance(em.counts, Marked) and isinstance(em.e_step(flow).log_tau, Marked)
         assert isinstance(em.weigh(flow).readout.delta, Marked)
         assert isinstance(em.refined(flow).D.delta, Marked)

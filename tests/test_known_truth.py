@@ -93,6 +93,7 @@ def test_stages_change_many_genes_at_a_time_and_none_before_lineages_part_in_one
     a = second_population.stages(np.random.default_rng(0), t, o, flat)
     assert a.shape == (3, 301, 300) and a.min() >= 0.1 and a.max() <= 1
     assert np.ptp(a[:, t <= o.t_branch], 0).max() == 0 and np.ptp(a[..., flat], (0, 1)).max() < 1e-12
+    assert np.ptp(a[:, -1], 0).mean() > 0.1                 # lineages differ in the end
     changing = (np.abs(np.diff(a[0, t < o.t_branch], axis=0)) > 1e-2).mean(1)   # share of genes at every time
     assert changing.max() > 0.1 and changing.min() == 0     # some stage has begun; before the first nothing changes
     assert np.abs(np.diff(a, axis=1)).max() < 0.2           # 0.9 (1 - exp(-0.02 / 0.1)) at most
