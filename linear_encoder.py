@@ -38,9 +38,17 @@ def leading_eigenvectors(product, n, k, seed=0, passes=5, oversample=10):
     # the last bits depend on their number.
     with threadpool_limits(1, "blas"):
         values, vectors = _block_lanczos(product, n, min(k, n), seed, passes, oversample)
-    largest = np.abs(vectors).argmax(axis=0)
-    vectors *= np.where(vectors[largest, np.arange(len(values))] < 0, -1.0, 1.0)
-    return np.maximum(values, 0), vectors
+    return np.maximum(values, 0), signed(vectors)
+
+
+def signed(vectors):
+    """Eigenvectors (n, k), which have no sign of their own, with that which makes the largest entry positive.
+
+    Of entries about equal the first counts, since rounding, which differs between processors, may favour any.
+    """
+    size = np.abs(vectors)
+    largest = (size >= 0.999 * size.max(axis=0)).argmax(axis=0)
+    return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
 
 
 def _block_lanczos(product, n, k, seed, passes, oversample):
@@ -115,7 +123,8 @@ def fit_pca(blocks, genes, target, n_components=50, seed=0, passes=5):
 
     k = min(n_components, len(genes), n - 1)
     values, vectors = leading_eigenvectors(product, len(genes), k, seed, passes)
-    real = values > SMALLEST**2 * max(values[0], 1e-300)
+    # Of cells that are all the same, rounding leaves some 1e-16 of the sum of squares, which depends on the processor.
+    real = values > max(SMALLEST**2 * values[0], 1e-13 * square.sum())
     values, vectors = values[real], vectors[:, real]
     if len(values) == 0:
         raise ValueError("the cells do not differ in any gene: there is nothing to embed.\n"

@@ -131,6 +131,13 @@ def test_pca_does_not_see_depth():
     np.testing.assert_allclose(le.pca_transform(deep, np.asarray(deep.sum(axis=1)).ravel(), encoder), z, atol=1e-9)
 
 
+def test_rounding_does_not_choose_the_sign_of_a_column():
+    v = np.array([[0.6, 0.1], [-0.6, -0.9], [0.5, 0.4]])
+    for noise in (-1e-9, 1e-9):
+        np.testing.assert_allclose(le.signed(v + [[0, 0], [noise, 0], [0, 0]]), v * [1, -1], atol=1e-8)
+        np.testing.assert_allclose(le.signed(-v + [[0, 0], [noise, 0], [0, 0]]), v * [1, -1], atol=1e-8)
+
+
 def test_identical_cells_cannot_be_embedded():
     with pytest.raises(ValueError, match="do not differ"):
         pca_of(sp.csr_matrix(np.ones((20, 5), np.float32)))
