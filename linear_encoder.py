@@ -42,12 +42,8 @@ def leading_eigenvectors(product, n, k, seed=0, passes=5, oversample=10):
 
 
 def signed(vectors):
-    """Eigenvectors (n, k), which have no sign of their own, with that which makes the largest entry positive.
-
-    Of entries about equal the first counts, since rounding, which differs between processors, may favour any.
-    """
-    size = np.abs(vectors)
-    largest = (size >= 0.999 * size.max(axis=0)).argmax(axis=0)
+    """Eigenvectors (n, k), which have no sign of their own, with that which makes the largest entry positive."""
+    largest = np.abs(vectors).argmax(axis=0)
     return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
 
 
