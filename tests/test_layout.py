@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"config"},
     {"artifacts", "align_mlp", "slice_w2", "vector_field", "simulate", "workers"},
-    {"effendi_loader", "chromatin"},
-    {"delay_fit", "linear_encoder", "scgpt_encoder", "hyenadna_encoder"},
+    {"effendi_loader", "chromatin", "linear_encoder"},
+    {"delay_fit", "scgpt_encoder", "hyenadna_encoder"},
     {"anchored", "effendi", "embed_cells"},
     {"precompute_embeddings", "inference"},
     {"train_vf", "train_delay", "intervention"},
