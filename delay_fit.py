@@ -638,8 +638,7 @@ class _EM:
         access, counts, rna_only = (torch.as_tensor(a, dtype=torch.float32, device=anchor.z.device) for a in (
             access, counts, counts[:0] if rna_only is None else rna_only))
         train, out = split_cells(len(counts), held_out, rng)
-        total = anchor.seen.exposure.sum()
-        mean = (anchor.seen.counts.sum(0) / total).clamp_min(1e-6)
+        mean = (anchor.seen.counts.sum(0) / anchor.seen.exposure.sum()).clamp_min(1e-6)
         depth = (access.sum(1) / mean.sum()).clamp_min(1e-3)
         with torch.no_grad():
             given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, depth, mean)
@@ -773,7 +772,7 @@ class _EM:
         states, counts, exposure = self.at_landmarks(flow, rows)
         now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B).clamp_min(0.05)     # (J, G)
         W = kernel_weights(grid.exp(), self.times, flow.kernel).to(self.z.device)
-        D, near = flow.D(states), flow.D.near(states)               # (T+1, J, G), (T+1, J, J)
+        D, near = flow.D(states), flow.D.near(states)                           # (T+1, J, G), (T+1, J, J)
         peaks = self.peaks or PeakShares(torch.arange(len(self.mean), device=D.device), D.new_ones(D.shape[1:]))
         of_genes, shares = peaks.of_genes(len(self.mean)), nn.functional.pad(peaks.share, (0, 1))
 
@@ -857,20 +856,19 @@ class _EM:
         last, sd = self.last_e_step(flow)
         moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
                                  flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
-        readouts = [flow.readout, self.readout]
+        readouts = [self.readout, flow.readout]
         if self.peaks is not None:
             readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=flow.D))).readout)
         still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
                      for readout in readouts), key=torch.sum)
         still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)[0]
-                                  for readout in readouts]).amax(0)
+                                  for readout in readouts])                     # (2 or 3, G), Stage 1's D first
         another = torch.randperm(len(self.mean), generator=rng)
-        own, foreign = (still_genes(self.z, self.readout, self.counts, offset, self.mean, genes)[0]
-                        for genes in (None, another))
-        gene_gain = (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene
+        foreign = still_genes(self.z, self.readout, self.counts, offset, self.mean, another)[0]
+        gene_gain = (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene.amax(0)
         level = gauge(last.log_tau, sd, self.prior_sd).item()
         return DelayFit(flow.field, flow.kernel, last.log_tau - level, sd, last.A, last.B, flow.held_out, still,
-                        own - foreign, gene_gain, level, flow.epoch,
+                        still_gene[0] - foreign, gene_gain, level, flow.epoch,
                         [(e, total - still.mean().item()) for e, total in flow.history], flow.readout.own(),
                         flow.peak_weight, flow.peak_sd, self.pairing())
 
