@@ -248,13 +248,15 @@ def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
 
     Shapes  A (G, k); m, s, n, y_mean, f_mean (G, 1); q three (G, R, 1); value, r_mean (G, R, 1) -> (3, G, k)
     """
-    a = A[:, None]                                                              # (G, 1, k)
-    scale, pull = 1 + a.square() * value, q[0] + a * q[1] - a.square() * q[2]
-    of_residual = (pull.square() / scale).sum(1) - scale.prod(1).log()
+    powers = torch.stack([torch.ones_like(A), A, A.square()], 1)                # (G, 3, k)
+    scale = torch.addcmul(torch.ones_like(value), value, powers[:, 2:])         # (G, R, k)
+    pull = torch.cat([q[0], q[1], -q[2]], 2) @ powers
+    shrunk = pull / scale
+    of_residual = (pull * shrunk).sum(1) - scale.prod(1).log()
     prior = ((A - AMPLITUDE[0]) / AMPLITUDE[1]).square()
     return torch.stack([A * m - (A.square() * s - of_residual + prior) / 2,
-                        y_mean - A * (f_mean + (r_mean * pull / scale).sum(1)),
-                        1 / n + A.square() * (r_mean.square() / scale).sum(1)])
+                        y_mean - A * (f_mean + (r_mean.mT @ shrunk)[:, 0]),
+                        1 / n + A.square() * (r_mean.square().mT @ scale.reciprocal())[:, 0]])
 
 
 def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5, device="cpu"):
