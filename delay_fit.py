@@ -3,8 +3,9 @@
     dz/dt = v(z), z_0 = z, Lip(v) <= 1
     yhat      A_g sum_s W_s(tau_g) D'(z_s, g) + B_g         D' is D, or with the peaks of every gene given: those of
                                                             them that its expression follows (_EM.weigh)
-    counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])     v and tau learned; as Poisson with exposures s_c / S_c
-                                                            from the last E-step, S_c = sum_g mu_g yhat / sum_g mu_g
+    counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])     v and tau learned; for tau, gene by gene, as Poisson with
+                                                            exposures s_c / S_c, S_c = sum_g mu_g yhat / sum_g mu_g
+                                                            of the delays so far
 
 Expression of gene g is what the readout of its own accessibility gives once the state has moved for tau_g. D is not
 fitted to expression; but RNA helps to place cells, and D is fitted to their accessibility twice more (_EM.refined).
@@ -35,7 +36,6 @@ from chromatin import (
     Seen,
     descend,
     on,
-    poisson_nll,
     read_as,
     refine,
     size_factors,
@@ -462,6 +462,11 @@ def exposures(states, readout, weights, A, B, depth, mean, block=4096):
     return depth / torch.cat(size)[:, 0]
 
 
+def share_nll(yhat, counts, mean):
+    """- mean over cells and genes of y log(mu yhat / sum_g mu yhat): multinomial, up to a constant of the counts."""
+    return ((counts.sum(1) * (yhat @ mean).log()).sum() - (counts * yhat.log()).sum()) / counts.numel()
+
+
 def cell_likelihood(yhat, counts, depth, mean):
     """(N,) sum over genes of y log m - m, m = mu s yhat / S: the multinomial likelihood of the cell's counts."""
     m = depth[:, None] * mean * yhat / cell_size(yhat, mean)
@@ -662,13 +667,6 @@ class _EM:
     def weights(self, flow):
         return kernel_weights(flow.log_tau.exp(), self.times, flow.kernel)
 
-    @torch.no_grad()
-    def exposure(self, flow):
-        """(N,) under what has been found so far."""
-        flow.field.eval()
-        return exposures(path(flow.field, self.z, self.times), flow.readout, self.weights(flow), flow.A, flow.B,
-                         self.depth, self.mean)
-
     def log_share(self, yhat):
         """What share of a cell's counts a gene has at each landmark, log (J, G)."""
         share = self.mean * yhat
@@ -798,7 +796,6 @@ class _EM:
         n_steps = epochs * math.ceil(len(train) / self.batch)
         # A warm-up of a tenth needs ten steps to have length; a few hundred cells make fewer.
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n_steps + 1, 20), pct_start=0.1)
-        offset = self.exposure(flow) if flow.epoch else self.depth
         best, history = None, []
         for epoch in range(1, epochs + 1):
             field.train()
@@ -806,12 +803,11 @@ class _EM:
             for rows in train[torch.randperm(len(train), generator=rng)].to(self.z.device).split(self.batch):
                 states, speed_sq = moving_path(field, self.z[rows], self.times)
                 yhat = predict(states, flow.readout, weights, flow.A, flow.B)
-                loss = poisson_nll(offset[rows, None] * self.mean * yhat, self.counts[rows]) + self.kinetic * speed_sq
+                loss = share_nll(yhat, self.counts[rows], self.mean) + self.kinetic * speed_sq
                 descend(loss, opt, schedule)
             if epoch < warm:
                 continue
             if (epoch - warm) % every == 0:
-                offset = self.exposure(flow)
                 if flow.refined < REFINEMENTS:
                     flow = self.refined(flow)
                 if self.peaks is not None and flow.readout is flow.D and epoch > warm:
@@ -853,14 +849,15 @@ class _EM:
         no moving fit has helped to find. A gene's own chromatin is compared with another's in that D, which has seen no
         RNA.
         """
-        offset = self.exposure(flow)
-        weights = self.weights(flow)
         last, sd = self.last_e_step(flow)
-        moving = grid_likelihood(path(flow.field, self.z, self.times), flow.readout, self.counts, offset, self.mean,
-                                 flow.kernel, (flow.A * weights.T, flow.B), times=self.times)[0]
+        states, weights = path(flow.field, self.z, self.times), self.weights(flow)
+        offset = exposures(states, flow.readout, weights, flow.A, flow.B, self.depth, self.mean)
+        moving = grid_likelihood(states, flow.readout, self.counts, offset, self.mean, flow.kernel,
+                                 (flow.A * weights.T, flow.B), times=self.times)[0]
         readouts = [self.readout, flow.readout]
         if self.peaks is not None:
-            readouts.append(self.weigh(self.e_step(replace(flow, field=Still(), readout=flow.D))).readout)
+            em = replace(self, times=self.times[:1])        # of a path that stands still, the first state says all
+            readouts.append(em.weigh(em.e_step(replace(flow, field=Still(), readout=flow.D))).readout)
         still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
                      for readout in readouts), key=torch.sum)
         still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)[0]

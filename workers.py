@@ -39,7 +39,7 @@ class Pool:
 
     def __exit__(self, error, *_):
         if self.executor is not None:
-            self.executor.shutdown(wait=False, cancel_futures=True)
+            self.executor.shutdown(wait=not error, cancel_futures=True)
             for process in multiprocessing.active_children() if error else ():
                 if process not in self.others:
                     process.terminate()                     # an interrupt must not wait for a fit to end
@@ -98,12 +98,14 @@ def _deaf():
 def _context():
     """How processes start: never as a fork of this one, whose torch threads would be copied in whatever state they are.
 
-    A server that has imported torch once forks them in no time. Elsewhere than on Linux libraries forbid even that.
+    A server that has imported what is slow to import once forks them in no time: one process gets its data only when
+    the one before has imported this program. Elsewhere than on Linux libraries forbid even that.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo"])       # which every optimiser imports, in two seconds
+    context.set_forkserver_preload(["torch._dynamo",        # which every optimiser imports, in two seconds
+                                    "scipy.stats", "pandas", "h5py"])
     return context
 
 

@@ -157,6 +157,22 @@ def test_the_likelihood_of_a_cell_does_not_depend_on_the_scale_of_its_prediction
                                delay_fit.cell_likelihood(scaled, counts, depth, mean))
 
 
+def test_the_loss_of_the_m_step_is_the_multinomial_likelihood_of_the_counts():
+    rng = np.random.default_rng(0)
+    yhat, mean = torch.tensor(rng.uniform(0.1, 2, (40, 30))), torch.tensor(rng.uniform(0.1, 2, 30))
+    counts = torch.tensor(rng.poisson(rng.uniform(0, 3, (40, 30))).astype(float))
+    other = torch.tensor(rng.uniform(0.1, 2, (40, 30)))
+
+    def told(yhat):
+        return - sum(torch.distributions.Multinomial(int(row.sum()), mean * y, validate_args=False).log_prob(row)
+                     for y, row in zip(yhat, counts)) / counts.numel()
+
+    torch.testing.assert_close(delay_fit.share_nll(yhat, counts, mean) - delay_fit.share_nll(other, counts, mean),
+                               told(yhat) - told(other))
+    scaled = yhat * torch.tensor(rng.uniform(0.1, 10, (40, 1)))
+    torch.testing.assert_close(delay_fit.share_nll(scaled, counts, mean), delay_fit.share_nll(yhat, counts, mean))
+
+
 def test_reading_along_a_path_equals_the_plain_sum_and_so_does_its_gradient():
     rng = generator()
     readout = chromatin.GeneReadout(torch.randn(9, 12, generator=rng)).double().requires_grad_(False)
