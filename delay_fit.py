@@ -57,11 +57,12 @@ PEAK_SD = 0.7                                               # prior spread of wh
 RESIDUAL_SD = 0.3                                           # of what D may miss of a gene's accessibility, mean about 1
 RESIDUAL_BANDWIDTH = 2 * BANDWIDTH                          # over which that stays alike, latent units
 RESIDUAL_AXES = 16                                          # leading ones; 24 measured the same
-AMPLITUDE = (0.8, 0.5)                                      # prior of A: mean, sd
-OFFSET_SD = 0.5                                             # of B where peaks are weighed, mean expression about 1
+AMPLITUDE = (0.8, 0.5)                                      # prior of A where peaks are weighed: mean, sd
+OFFSET_SD = 0.5                                             # and of B, mean expression about 1
 REFINEMENTS = 2                                             # first E-steps before which D is refined
 LEAST_PAIRING = 4.0                                         # standard errors, for RNA to take part in placing cells
-BASAL_SDS = (0.1, 0.2, 0.5, 1.5)                            # of B > 0 in grid_evidence
+AMPLITUDES = tuple((a / 10, sd) for a in range(4, 13) for sd in (0.3, 0.5))     # in grid_evidence: mean, sd of A
+BASAL_SDS = (0.1, 0.2, 0.5, 1.5)                            # and of B > 0
 
 
 # --- the delay kernel --------------------------------------------------------------------------------------------
@@ -189,8 +190,8 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U), less its largest.
 
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
-        0 < A < 2.5 ~ N(0.8, 0.5^2), r what ATAC leaves open (Residual)
-        0 < B ~ sum_k pi_k N(0, b_k^2), b_k = BASAL_SDS, pi by maximum likelihood over all genes and delays
+        0 < A < 2.5 ~ N(a, s^2), (a, s) of AMPLITUDES; r what ATAC leaves open (Residual)
+        0 < B ~ sum_k pi_k N(0, b_k^2), b_k = BASAL_SDS; pi, a and s by maximum likelihood over all genes and delays
         E_k(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_i (1 + A^2 lambda_i)^(1/2)
                        int p_k(B) N(B; offset, variance) dB dA
     m, s: what y and F know of A; q: what RNA and ATAC know of r; offset, variance: of B given A; r is integrated out.
@@ -198,7 +199,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     A course that ATAC does not show well may be another one: a delay that only its noise asks for is not believed, and
     expression helps to find the course. r is what D misses, and enters D' as it is where peaks are weighed. B is the
     expression that no chromatin drives. A gene could make up for a wrong delay by more amplitude and a B to match, even
-    a negative one; how large B is in these data, all genes say together.
+    a negative one; how large A and B are in these data, all genes say together.
 
     Shapes  states (T+1, J, 8) of the landmarks at `times`, readout D', counts (J, G), exposure (J,), mean (G,),
             now (J, G) yhat, for the variance, residual: Residual, prior_mean (G,) of log tau, fineness: points and
@@ -239,7 +240,8 @@ def evidence_of_courses(courses, w, wy, precision, pull, prior_mean, prior_sd, f
             given_amplitude, m=m[:, None], s=s[:, None], q=q, value=value.clamp_min(0)[..., None], n=n[:, None],
             y_mean=(y / n)[:, None], f_mean=f_mean[:, None], r_mean=axis.mT @ whiten((wr / n[:, None])[..., None])),
             len(n), *fineness, device=n.device))
-    evidence = learned_mixture(torch.stack(each, 2), prior_mean, prior_sd)
+    evidence, total = learned_mixture(torch.stack(each, 3), prior_mean, prior_sd)
+    evidence = evidence[total.argmax()]
     return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
 
 
@@ -253,22 +255,22 @@ def given_amplitude(A, m, s, q, value, n, y_mean, f_mean, r_mean):
     pull = torch.cat([q[0], q[1], -q[2]], 2) @ powers
     shrunk = pull / scale
     of_residual = (pull * shrunk).sum(1) - scale.prod(1).log()
-    prior = ((A - AMPLITUDE[0]) / AMPLITUDE[1]).square()
-    return torch.stack([A * m - (A.square() * s - of_residual + prior) / 2,
+    return torch.stack([A * m - (A.square() * s - of_residual) / 2,
                         y_mean - A * (f_mean + (r_mean.mT @ shrunk)[:, 0]),
                         1 / n + A.square() * (r_mean.square().mT @ scale.reciprocal())[:, 0]])
 
 
 def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5, device="cpu"):
-    """log int p(data, A, B) dA dB over 0 < A < largest, B > 0, for every scale of B's prior and n genes: (K, n).
+    """log int p(data, A, B) dA dB over 0 < A < largest, B > 0, for all priors of A and of B and n genes: (K_A, K_B, n).
 
-    given: of A (n, k), as given_amplitude (3, n, k).
+    given: of A (n, k), as given_amplitude (3, n, k). A's prior is even between neighbouring points.
     16 points are added, `zooms` times over, around the highest one: peaks of genes with many counts are narrow, and
     fall off steeply from an end where a gene follows its chromatin upside down.
     """
     def with_height(A):                                     # how high, about: B < 0 costs half its square
         log_p, offset, variance = found = given(A)
-        return torch.cat([found, (log_p - offset.clamp_max(0).square() / variance / 2)[None]])
+        low = ((A - AMPLITUDE[0]) / AMPLITUDE[1]).square() + offset.clamp_max(0).square() / variance
+        return torch.cat([found, (log_p - low / 2)[None]])
     A = torch.linspace(0, largest, points, dtype=torch.double, device=device).expand(n, -1)
     found = with_height(A)
     for _ in range(zooms):
@@ -278,32 +280,38 @@ def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5, device="cpu"
         A, order = torch.cat([A, more], 1).sort(1)
         found = torch.cat([found, with_height(more)], 2).gather(2, order.expand(4, -1, -1))
     log_p, offset, variance, _ = found
-    out = []
+    middle, prior, masses = (A[:, 1:] + A[:, :-1]) / 2, [], []
+    for centre, sd in AMPLITUDES:
+        normal = torch.distributions.Normal(A.new_tensor(centre), sd)
+        within = normal.cdf(A.new_tensor(largest)) - normal.cdf(A.new_tensor(0.0))
+        prior.append(normal.log_prob(middle).exp() / within)
     for sd in BASAL_SDS:                                    # int 2 N(B; 0, sd^2) N(B; offset, variance) dB over B > 0
         total = sd**2 + variance
         inside = torch.special.log_ndtr(offset * sd / (variance * total).sqrt())
-        out.append(log_integral(A, log_p + inside - (offset.square() / total + total.log()) / 2))
-    return torch.stack(out)
+        masses.append(log_integrals(A, log_p + inside - (offset.square() / total + total.log()) / 2))
+    log_mass = torch.stack(masses, 2)                                           # (n, k - 1, K_B)
+    top = log_mass.amax(1, keepdim=True)
+    return ((torch.stack(prior, 1) @ (log_mass - top).exp()).log() + top).permute(1, 2, 0)
 
 
-def log_integral(x, log_f):
-    """log of the integral of f over points x (n, k) in order, exponential between them: (n,)."""
+def log_integrals(x, log_f):
+    """log of the integral of f between neighbours of points x (n, k) in order, exponential there: (n, k - 1)."""
     fall = log_f.diff(dim=1).abs().clamp_min(1e-9)
-    return torch.logsumexp(torch.maximum(log_f[:, 1:], log_f[:, :-1])
-                           + (-torch.expm1(-fall) / fall * x.diff(dim=1)).log(), 1)
+    return torch.maximum(log_f[:, 1:], log_f[:, :-1]) + (-torch.expm1(-fall) / fall * x.diff(dim=1)).log()
 
 
-def learned_mixture(each, prior_mean, prior_sd, rounds=1000):
-    """Log evidence (G, U) of a mixture of K models (K, G, U), in those shares that make all genes the likeliest.
+def learned_mixture(each, prior_mean, prior_sd, rounds=300):
+    """Log evidence (..., G, U) of mixtures of K models (..., K, G, U), in shares that make all genes the likeliest.
 
-    With few genes the shares are those that suit these few best.
+    With few genes the shares are those that suit these few best. And its sum over genes, delays integrated out (...).
     """
     log_prior = torch.log_softmax(-((LOG_TAU.to(prior_mean) - prior_mean[:, None]) / prior_sd).square().double() / 2, 1)
-    of_gene = torch.logsumexp(each + log_prior, 2)
-    share = each.new_full((len(each), 1), 1 / len(each))
+    of_gene = torch.logsumexp(each + log_prior, -1)                             # (..., K, G)
+    share = torch.full_like(of_gene[..., :1], 1 / of_gene.shape[-2])
     for _ in range(rounds):
-        share = torch.softmax(of_gene + share.log(), 0).mean(1, keepdim=True).clamp_min(1e-9)
-    return torch.logsumexp(each + share.log()[..., None], 0)
+        share = torch.softmax(of_gene + share.log(), -2).mean(-1, keepdim=True).clamp_min(1e-9)
+    return (torch.logsumexp(each + share.log()[..., None], -3),
+            torch.logsumexp(of_gene + share.log(), -2).sum(-1))
 
 
 def weigh_peaks(part, W, w, wy):
@@ -344,6 +352,17 @@ def posterior(log_like, prior_mean, prior_sd):
     weights = torch.softmax(log_post.double(), 1).float()
     mean = weights @ grid
     return weights, mean, (weights @ grid.square() - mean.square()).clamp_min(1e-6).sqrt()
+
+
+def centred(log_like, prior_mean, prior_sd, rounds=10):
+    """prior_mean (G,), all moved alike: to where log tau is on average, so that genes are drawn to the middle of all.
+
+    In a fit the field follows the gauge; where it is kept and the evidence is another, the level is of the evidence.
+    """
+    for _ in range(rounds):
+        _, mean, sd = posterior(log_like, prior_mean, prior_sd)
+        prior_mean = prior_mean + gauge(mean - prior_mean, sd, prior_sd)
+    return prior_mean
 
 
 def gauge(mean, sd, prior_sd):
@@ -837,8 +856,9 @@ class _EM:
             now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
             evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel, now, residual,
                                      flow.prior, self.prior_sd, self.times, fineness)
-            share, centre, sd = posterior(evidence, flow.prior, self.prior_sd)
-            flow = replace(flow, log_tau=centre, A=(share * a).sum(1), B=(share * b).sum(1))
+            prior = centred(evidence, flow.prior, self.prior_sd)
+            share, centre, sd = posterior(evidence, prior, self.prior_sd)
+            flow = replace(flow, log_tau=centre, A=(share * a).sum(1), B=(share * b).sum(1), prior=prior)
         return flow, sd
 
     def describe(self, flow, rng):

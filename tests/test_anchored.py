@@ -349,6 +349,7 @@ def test_expression_that_follows_one_peak_at_once_does_not_pass_for_a_delay():
 def test_grid_evidence_is_the_probability_of_both_modalities_counts(depth, basal, monkeypatch):
     """Against the dense normal distribution of a gene's RNA and ATAC at all states, A, B > 0 and residual as noise."""
     monkeypatch.setattr(delay_fit, "BASAL_SDS", (basal,))
+    monkeypatch.setattr(delay_fit, "AMPLITUDES", ((0.8, 0.5),))
     torch.manual_seed(0)
     rng, g = generator(), 3
     readout = chromatin.GeneReadout(torch.randn(12, 64, generator=rng)).requires_grad_(False)
@@ -389,17 +390,28 @@ def test_grid_evidence_is_the_probability_of_both_modalities_counts(depth, basal
 
 
 @pytest.mark.parametrize("sd", [0.3, 0.05, 0.003, 0.0003])
-def test_amplitude_integrals_hold_for_wide_and_narrow_peaks_inside_and_beyond_the_ends(sd):
+def test_amplitude_integrals_hold_for_wide_and_narrow_peaks_inside_and_beyond_the_ends(sd, monkeypatch):
     """Normal densities over (0, 2.5), B known to be 0.3. Exponentials over a third of an sd are off by 0.02 nats."""
     mu = torch.tensor([0.8, 0.01, -0.1, -0.5, 1.23, 3.0], dtype=torch.double)[:, None]
+    priors = torch.tensor([[0.8, 0.5], [1.1, 0.3], [0.5, 1e6]], dtype=torch.double)          # the last is flat
+    monkeypatch.setattr(delay_fit, "AMPLITUDES", tuple(priors.tolist()))
 
     def given(A):
         return torch.stack([-((A - mu) / sd).square() / 2, torch.full_like(A, 0.3), torch.full_like(A, 1e-10)])
     found = delay_fit.amplitude_integrals(given, len(mu))
-    below, above = torch.special.log_ndtr(mu / sd), torch.special.log_ndtr((2.5 - mu) / sd)
-    exact = torch.minimum(below, above)[:, 0] + math.log(sd * math.sqrt(2 * math.pi))   # the other end is far in all
+
+    def log_share(mean, sd):                                # of a normal distribution inside
+        near = torch.special.log_ndtr(torch.minimum(mean, 2.5 - mean) / sd)
+        return near + torch.log1p(-(torch.special.log_ndtr(-torch.maximum(mean, 2.5 - mean) / sd) - near).exp())
+    of_A = []
+    for a, s in priors:                                     # the product of two normal densities is a third
+        precision = sd**-2 + s**-2
+        centre = (mu[:, 0] / sd**2 + a / s**2) / precision
+        of_A.append(-(mu[:, 0] - a).square() / (sd**2 + s**2) / 2 - precision.log() / 2
+                    + log_share(centre, precision**-0.5) - s.log() - log_share(a, s))
     of_B = torch.distributions.Normal(0.0, torch.tensor(delay_fit.BASAL_SDS)[:, None]).log_prob(torch.tensor(0.3))
-    torch.testing.assert_close(found, exact + of_B + math.log(2 * math.pi) / 2, atol=0.02, rtol=0, check_dtype=False)
+    exact = torch.stack(of_A)[:, None] + of_B + math.log(2 * math.pi) / 2
+    torch.testing.assert_close(found, exact, atol=0.02, rtol=0, check_dtype=False)
 
 
 def test_the_mixture_finds_the_shares_of_its_models():
@@ -408,7 +420,7 @@ def test_the_mixture_finds_the_shares_of_its_models():
     each = torch.randn(2, 400, len(delay_fit.LOG_TAU), generator=rng, dtype=torch.double)
     slope = torch.tensor([0.3, -0.3])[:, None, None]        # so that the prior of log tau matters
     each = each + torch.randn(2, 400, 1, generator=rng) + slope * delay_fit.LOG_TAU
-    found = delay_fit.learned_mixture(each, prior_mean, 0.5)
+    found, total = delay_fit.learned_mixture(each, prior_mean, 0.5)
     log_prior = torch.log_softmax(-2 * (delay_fit.LOG_TAU - prior_mean[:, None]).square().double(), 1)
     share = torch.arange(0.002, 1, 0.002, dtype=torch.double)
     of_gene = torch.logsumexp(each + log_prior, 2)[..., None] + torch.stack([share, 1 - share]).log()[:, None]
@@ -416,6 +428,48 @@ def test_the_mixture_finds_the_shares_of_its_models():
     assert 0.05 < best < 0.95
     expected = torch.logsumexp(each + torch.stack([best, 1 - best]).log()[:, None, None], 0)
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0)              # steps of 0.002 in a share
+    torch.testing.assert_close(total, torch.logsumexp(of_gene, 0).sum(0).amax(), atol=0.02, rtol=0)
+    both = delay_fit.learned_mixture(torch.stack([each, each - 1]), prior_mean, 0.5)
+    torch.testing.assert_close(both[0], torch.stack([found, found - 1]))        # each mixture has shares of its own
+    torch.testing.assert_close(both[1], torch.stack([total, total - 400]))
+
+
+def test_the_prior_goes_to_the_middle_of_the_genes_and_no_gene_past_another():
+    """Likelihoods of known mean and sd: the fixed point is the mean of what they say, each weighted as it is known."""
+    rng = generator()
+    said, sd = 0.5 + 0.4 * torch.randn(300, generator=rng), 0.2 + 0.4 * torch.rand(300, generator=rng)
+    like = -((delay_fit.LOG_TAU - said[:, None]) / sd[:, None]).square() / 2
+    head = 0.1 * torch.randn(300, generator=rng)
+    moved = delay_fit.centred(like, head, 1.0) - head
+    assert moved.std() < 1e-5
+    known = (1 / (1 + sd.square())).square()                # how far a mean moves with its data, and its weight
+    expected = (known * (said - head)).sum() / known.sum()
+    assert abs(moved.mean() - expected) < 0.02              # the grid's ends and steps of 0.15
+
+
+def test_the_prior_of_amplitudes_is_that_of_the_genes(monkeypatch):
+    """1,000 counts a state, each gene's A is known well: the evidence is that of the prior they were drawn from."""
+    rng, n = generator(), 150
+    time = torch.linspace(-1, 1, 40, dtype=torch.double)[:, None]
+    f = 1 + 0.8 * torch.sin(3 * time + 6 * torch.rand(n, generator=rng)) * torch.ones(n)
+    courses = [(f.roll(u, 0), torch.zeros(40, 1, dtype=torch.double)) for u in range(len(delay_fit.LOG_TAU))]
+    w = torch.full((40, n), 1000.0, dtype=torch.double)
+    for mean in (0.5, 0.9):
+        A = mean + 0.3 * torch.randn(n, generator=rng).clamp(-1.5, 1.5)
+        y = A * courses[16][0] + 0.1 + 1000**-0.5 * torch.randn(40, n, generator=rng)
+        found = {}
+        for a in (0.5, 0.9):
+            monkeypatch.setattr(delay_fit, "AMPLITUDES", ((a, 0.3),))
+            found[a] = evidence_of(courses, w, y)
+        monkeypatch.setattr(delay_fit, "AMPLITUDES", ((0.5, 0.3), (0.9, 0.3)))
+        torch.testing.assert_close(evidence_of(courses, w, y), found[mean])
+        assert not torch.allclose(found[0.5], found[0.9], atol=0.1)
+
+
+def evidence_of(courses, w, y):
+    n = w.shape[1]
+    return delay_fit.evidence_of_courses(courses, w, w * y, torch.ones(n, 1, 1).double(), torch.zeros(n, 1).double(),
+                                         torch.zeros(n), 1.0)
 
 
 def test_the_residual_of_accessibility_has_the_spread_and_the_smoothness_it_says(monkeypatch):
