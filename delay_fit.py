@@ -190,8 +190,9 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
     """Log evidence of genes on the grid of log tau, with A, B and the residual integrated out (G, U), less its largest.
 
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
-        0 < A < 2.5 ~ N(a, s^2), (a, s) of AMPLITUDES; r what ATAC leaves open (Residual)
-        0 < B ~ sum_k pi_k N(0, b_k^2), b_k = BASAL_SDS; pi, a and s by maximum likelihood over all genes and delays
+        0 < A < 2.5 ~ N(a_0, a_1^2), r what ATAC leaves open (Residual)
+        0 < B ~ sum_k pi_k N(0, b_k^2), b_k = BASAL_SDS
+        pi, and a of AMPLITUDES, by maximum likelihood over all genes and delays
         E_k(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_i (1 + A^2 lambda_i)^(1/2)
                        int p_k(B) N(B; offset, variance) dB dA
     m, s: what y and F know of A; q: what RNA and ATAC know of r; offset, variance: of B given A; r is integrated out.
@@ -355,9 +356,9 @@ def posterior(log_like, prior_mean, prior_sd):
 
 
 def centred(log_like, prior_mean, prior_sd, rounds=10):
-    """prior_mean (G,), all moved alike: to where log tau is on average, so that genes are drawn to the middle of all.
+    """prior_mean (G,), all moved alike to where log_like (G, U) has the gauge's mean: genes are drawn to their middle.
 
-    In a fit the field follows the gauge; where it is kept and the evidence is another, the level is of the evidence.
+    The gauge of the fit is that of the field's likelihood. The evidence, which keeps the field, has a level of its own.
     """
     for _ in range(rounds):
         _, mean, sd = posterior(log_like, prior_mean, prior_sd)
