@@ -57,7 +57,8 @@ PEAK_SD = 0.7                                               # prior spread of wh
 RESIDUAL_SD = 0.3                                           # of what D may miss of a gene's accessibility, mean about 1
 RESIDUAL_BANDWIDTH = 2 * BANDWIDTH                          # over which that stays alike, latent units
 RESIDUAL_AXES = 16                                          # leading ones; 24 measured the same
-AMPLITUDE = (0.8, 0.5)                                      # prior of A where peaks are weighed: mean, sd
+AMPLITUDE = (0.8, 0.5)                                      # prior of A where peaks are weighed, and by which
+                                                            # grid_evidence looks for the likeliest A: mean, sd
 OFFSET_SD = 0.5                                             # and of B, mean expression about 1
 REFINEMENTS = 2                                             # first E-steps before which D is refined
 LEAST_PAIRING = 4.0                                         # standard errors, for RNA to take part in placing cells
@@ -192,7 +193,7 @@ def grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual
         y = A sum_s W_s(tau) (D'(z_s) + r(z_s)) + B         y normal with the variance of counts
         0 < A < 2.5 ~ N(a_0, a_1^2), r what ATAC leaves open (Residual)
         0 < B ~ sum_k pi_k N(0, b_k^2), b_k = BASAL_SDS
-        pi, and a of AMPLITUDES, by maximum likelihood over all genes and delays
+        pi by maximum likelihood over all genes and delays; a of AMPLITUDES by that of all other genes
         E_k(tau) = log int p(A) exp(A m - A^2 s / 2 + |q|^2 / 2) / prod_i (1 + A^2 lambda_i)^(1/2)
                        int p_k(B) N(B; offset, variance) dB dA
     m, s: what y and F know of A; q: what RNA and ATAC know of r; offset, variance: of B given A; r is integrated out.
@@ -241,8 +242,9 @@ def evidence_of_courses(courses, w, wy, precision, pull, prior_mean, prior_sd, f
             given_amplitude, m=m[:, None], s=s[:, None], q=q, value=value.clamp_min(0)[..., None], n=n[:, None],
             y_mean=(y / n)[:, None], f_mean=f_mean[:, None], r_mean=axis.mT @ whiten((wr / n[:, None])[..., None])),
             len(n), *fineness, device=n.device))
-    evidence, total = learned_mixture(torch.stack(each, 3), prior_mean, prior_sd)
-    evidence = evidence[total.argmax()]
+    evidence, of_gene = learned_mixture(torch.stack(each, 3), prior_mean, prior_sd)
+    others = torch.log_softmax(of_gene.sum(1, keepdim=True) - of_gene, 0)       # no gene chooses its own prior of A
+    evidence = torch.logsumexp(evidence + others[..., None], 0)
     return (evidence - evidence.amax(1, keepdim=True)).float()                  # float32 would lose nats of large sums
 
 
@@ -281,18 +283,16 @@ def amplitude_integrals(given, n, points=101, zooms=4, largest=2.5, device="cpu"
         A, order = torch.cat([A, more], 1).sort(1)
         found = torch.cat([found, with_height(more)], 2).gather(2, order.expand(4, -1, -1))
     log_p, offset, variance, _ = found
-    middle, prior, masses = (A[:, 1:] + A[:, :-1]) / 2, [], []
-    for centre, sd in AMPLITUDES:
-        normal = torch.distributions.Normal(A.new_tensor(centre), sd)
-        within = normal.cdf(A.new_tensor(largest)) - normal.cdf(A.new_tensor(0.0))
-        prior.append(normal.log_prob(middle).exp() / within)
+    middle, masses = (A[:, 1:] + A[:, :-1]) / 2, []
+    normal = torch.distributions.Normal(*A.new_tensor(AMPLITUDES).T[..., None])                 # (K_A, 1) of them
+    prior = normal.log_prob(middle[:, None]).exp() / (normal.cdf(A.new_tensor(largest)) - normal.cdf(A.new_tensor(0.0)))
     for sd in BASAL_SDS:                                    # int 2 N(B; 0, sd^2) N(B; offset, variance) dB over B > 0
         total = sd**2 + variance
         inside = torch.special.log_ndtr(offset * sd / (variance * total).sqrt())
         masses.append(log_integrals(A, log_p + inside - (offset.square() / total + total.log()) / 2))
     log_mass = torch.stack(masses, 2)                                           # (n, k - 1, K_B)
     top = log_mass.amax(1, keepdim=True)
-    return ((torch.stack(prior, 1) @ (log_mass - top).exp()).log() + top).permute(1, 2, 0)
+    return ((prior @ (log_mass - top).exp()).log() + top).permute(1, 2, 0)
 
 
 def log_integrals(x, log_f):
@@ -304,7 +304,8 @@ def log_integrals(x, log_f):
 def learned_mixture(each, prior_mean, prior_sd, rounds=300):
     """Log evidence (..., G, U) of mixtures of K models (..., K, G, U), in shares that make all genes the likeliest.
 
-    With few genes the shares are those that suit these few best. And its sum over genes, delays integrated out (...).
+    With few genes the shares are those that suit these few best. And that of each gene, its delay integrated out
+    (..., G).
     """
     log_prior = torch.log_softmax(-((LOG_TAU.to(prior_mean) - prior_mean[:, None]) / prior_sd).square().double() / 2, 1)
     of_gene = torch.logsumexp(each + log_prior, -1)                             # (..., K, G)
@@ -312,7 +313,7 @@ def learned_mixture(each, prior_mean, prior_sd, rounds=300):
     for _ in range(rounds):
         share = torch.softmax(of_gene + share.log(), -2).mean(-1, keepdim=True).clamp_min(1e-9)
     return (torch.logsumexp(each + share.log()[..., None], -3),
-            torch.logsumexp(of_gene + share.log(), -2).sum(-1))
+            torch.logsumexp(of_gene + share.log(), -2))
 
 
 def weigh_peaks(part, W, w, wy):
@@ -362,7 +363,8 @@ def centred(log_like, prior_mean, prior_sd, rounds=10):
     """
     for _ in range(rounds):
         _, mean, sd = posterior(log_like, prior_mean, prior_sd)
-        prior_mean = prior_mean + gauge(mean - prior_mean, sd, prior_sd)
+        unknown = posterior(torch.zeros_like(log_like), prior_mean, prior_sd)[2]    # less than prior_sd: the grid ends
+        prior_mean = prior_mean + gauge(mean - prior_mean, sd, unknown)
     return prior_mean
 
 

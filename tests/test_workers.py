@@ -1,4 +1,5 @@
 """Pieces of work give the same results in one process and in several; what goes wrong in one of them is told."""
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -84,6 +85,13 @@ def test_a_pool_of_one_does_nothing_that_is_not_asked_for():
 def test_a_killed_process_ends_with_advice():
     with pytest.raises(OSError, match="--set WORKERS=1"), Pool({}, 2) as pool:
         pool.start(die).result()
+
+
+def test_a_pool_that_ends_leaves_no_process():
+    with Pool({}, 2) as pool:
+        assert dict(pool.each(who, [0])).keys() == {0}
+        assert len(multiprocessing.active_children()) > len(pool.others)
+    assert set(multiprocessing.active_children()) <= set(pool.others)
 
 
 def test_an_error_does_not_wait_for_the_jobs_that_run():
