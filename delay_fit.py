@@ -312,8 +312,7 @@ def learned_mixture(each, prior_mean, prior_sd, rounds=300):
     share = torch.full_like(of_gene[..., :1], 1 / of_gene.shape[-2])
     for _ in range(rounds):
         share = torch.softmax(of_gene + share.log(), -2).mean(-1, keepdim=True).clamp_min(1e-9)
-    return (torch.logsumexp(each + share.log()[..., None], -3),
-            torch.logsumexp(of_gene + share.log(), -2))
+    return torch.logsumexp(each + share.log()[..., None], -3), torch.logsumexp(of_gene + share.log(), -2)
 
 
 def weigh_peaks(part, W, w, wy):
@@ -484,15 +483,9 @@ def exposures(states, readout, weights, A, B, depth, mean, block=4096):
     return depth / torch.cat(size)[:, 0]
 
 
-def share_nll(yhat, counts, mean):
-    """- mean over cells and genes of y log(mu yhat / sum_g mu yhat): multinomial, up to a constant of the counts."""
-    return ((counts.sum(1) * (yhat @ mean).log()).sum() - (counts * yhat.log()).sum()) / counts.numel()
-
-
-def cell_likelihood(yhat, counts, depth, mean):
-    """(N,) sum over genes of y log m - m, m = mu s yhat / S: the multinomial likelihood of the cell's counts."""
-    m = depth[:, None] * mean * yhat / cell_size(yhat, mean)
-    return (counts * m.log() - m).sum(1)
+def cell_likelihood(yhat, counts, mean):
+    """(N,) multinomial log-likelihood of counts with shares mu yhat / sum_g mu yhat, up to a constant of the counts."""
+    return (counts * yhat.log()).sum(1) - counts.sum(1) * (yhat @ mean).log()
 
 
 @torch.no_grad()
@@ -505,7 +498,7 @@ def still_cells(z, readout, counts, depth, offset, mean, train, out):
     for _ in range(2):
         _, a, b = still_genes(z[train], readout, counts[train], offset[train], mean)
         offset = exposures(z[None], readout, own, a, b, depth, mean)
-    return cell_likelihood(predict(z[None, out], readout, own, a, b), counts[out], depth[out], mean)
+    return cell_likelihood(predict(z[None, out], readout, own, a, b), counts[out], mean)
 
 
 def still_genes(z, readout, counts, offset, mean, genes=None):
@@ -809,7 +802,7 @@ class _EM:
     def likelihood_out(self, flow):
         states = path(flow.field.eval(), self.z[self.out], self.times)
         yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
-        return cell_likelihood(yhat, self.counts[self.out], self.depth[self.out], self.mean)
+        return cell_likelihood(yhat, self.counts[self.out], self.mean)
 
     def run(self, flow, rng, epochs, warm, every, lr):
         """The flow of the epoch that held-out cells like best, from `warm` on; an E-step every `every` epochs."""
@@ -825,7 +818,8 @@ class _EM:
             for rows in train[torch.randperm(len(train), generator=rng)].to(self.z.device).split(self.batch):
                 states, speed_sq = moving_path(field, self.z[rows], self.times)
                 yhat = predict(states, flow.readout, weights, flow.A, flow.B)
-                loss = share_nll(yhat, self.counts[rows], self.mean) + self.kinetic * speed_sq
+                nll = -cell_likelihood(yhat, self.counts[rows], self.mean).sum() / yhat.numel()
+                loss = nll + self.kinetic * speed_sq
                 descend(loss, opt, schedule)
             if epoch < warm:
                 continue

@@ -151,26 +151,26 @@ def test_states_whose_genes_change_both_ways_by_chance_keep_one_size():
 
 def test_the_likelihood_of_a_cell_does_not_depend_on_the_scale_of_its_prediction():
     yhat, counts = torch.rand(5, 7, generator=generator()) + 0.1, torch.ones(5, 7)
-    depth, mean = torch.ones(5), torch.rand(7, generator=generator())
+    mean = torch.rand(7, generator=generator())
     scaled = yhat * torch.arange(1.0, 6)[:, None]
-    torch.testing.assert_close(delay_fit.cell_likelihood(yhat, counts, depth, mean),
-                               delay_fit.cell_likelihood(scaled, counts, depth, mean))
+    torch.testing.assert_close(delay_fit.cell_likelihood(yhat, counts, mean),
+                               delay_fit.cell_likelihood(scaled, counts, mean))
 
 
-def test_the_loss_of_the_m_step_is_the_multinomial_likelihood_of_the_counts():
+def test_the_likelihood_of_a_cell_is_the_multinomial_one_up_to_a_constant():
     rng = np.random.default_rng(0)
     yhat, mean = torch.tensor(rng.uniform(0.1, 2, (40, 30))), torch.tensor(rng.uniform(0.1, 2, 30))
     counts = torch.tensor(rng.poisson(rng.uniform(0, 3, (40, 30))).astype(float))
     other = torch.tensor(rng.uniform(0.1, 2, (40, 30)))
 
     def told(yhat):
-        return - sum(torch.distributions.Multinomial(int(row.sum()), mean * y, validate_args=False).log_prob(row)
-                     for y, row in zip(yhat, counts)) / counts.numel()
+        return torch.stack([torch.distributions.Multinomial(int(row.sum()), mean * y, validate_args=False).log_prob(row)
+                            for y, row in zip(yhat, counts)])
 
-    torch.testing.assert_close(delay_fit.share_nll(yhat, counts, mean) - delay_fit.share_nll(other, counts, mean),
-                               told(yhat) - told(other))
+    found = delay_fit.cell_likelihood(yhat, counts, mean)
+    torch.testing.assert_close(found - delay_fit.cell_likelihood(other, counts, mean), told(yhat) - told(other))
     scaled = yhat * torch.tensor(rng.uniform(0.1, 10, (40, 1)))
-    torch.testing.assert_close(delay_fit.share_nll(scaled, counts, mean), delay_fit.share_nll(yhat, counts, mean))
+    torch.testing.assert_close(delay_fit.cell_likelihood(scaled, counts, mean), found)
 
 
 def test_reading_along_a_path_equals_the_plain_sum_and_so_does_its_gradient():
@@ -453,31 +453,23 @@ def test_the_prior_of_amplitudes_is_that_of_the_genes(monkeypatch):
     """1,000 counts a state, each gene's A is known well: the evidence is that of the prior they were drawn from."""
     rng, n = generator(), 150
     time = torch.linspace(-1, 1, 40, dtype=torch.double)[:, None]
-    f = 1 + 0.8 * torch.sin(3 * time + 6 * torch.rand(n, generator=rng)) * torch.ones(n)
+    f = 1 + 0.8 * torch.sin(3 * time + 6 * torch.rand(n, generator=rng))
     courses = [(f.roll(u, 0), torch.zeros(40, 1, dtype=torch.double)) for u in range(len(delay_fit.LOG_TAU))]
-    w = torch.full((40, n), 1000.0, dtype=torch.double)
+
+    def evidence(y, *means):
+        monkeypatch.setattr(delay_fit, "AMPLITUDES", tuple((a, 0.3) for a in means))
+        k, w = y.shape[1], torch.full_like(y, 1000.0)
+        return delay_fit.evidence_of_courses([(f[:, :k], r) for f, r in courses], w, w * y, y.new_ones(k, 1, 1),
+                                             y.new_zeros(k, 1), torch.zeros(k), 1.0)
+
     for mean in (0.5, 0.9):
         A = mean + 0.3 * torch.randn(n, generator=rng).clamp(-1.5, 1.5)
         y = A * courses[16][0] + 0.1 + 1000**-0.5 * torch.randn(40, n, generator=rng)
-        found = {}
-        for a in (0.5, 0.9):
-            monkeypatch.setattr(delay_fit, "AMPLITUDES", ((a, 0.3),))
-            found[a] = evidence_of(courses, w, y)
-        monkeypatch.setattr(delay_fit, "AMPLITUDES", ((0.5, 0.3), (0.9, 0.3)))
-        torch.testing.assert_close(evidence_of(courses, w, y), found[mean])
-        assert not torch.allclose(found[0.5], found[0.9], atol=0.1)
-        one = [part[:, :1] for part in (w, y)]              # nobody tells this gene which prior is likely
-        several = [evidence_of([(f[:, :1], r) for f, r in courses], *one)]
-        for a in (0.5, 0.9):
-            monkeypatch.setattr(delay_fit, "AMPLITUDES", ((a, 0.3),))
-            several.append(evidence_of([(f[:, :1], r) for f, r in courses], *one))
-        assert not any(torch.allclose(several[0], other, atol=0.01) for other in several[1:])
-
-
-def evidence_of(courses, w, y):
-    n = w.shape[1]
-    return delay_fit.evidence_of_courses(courses, w, w * y, torch.ones(n, 1, 1).double(), torch.zeros(n, 1).double(),
-                                         torch.zeros(n), 1.0)
+        of_prior = {a: evidence(y, a) for a in (0.5, 0.9)}
+        torch.testing.assert_close(evidence(y, 0.5, 0.9), of_prior[mean])
+        assert not torch.allclose(of_prior[0.5], of_prior[0.9], atol=0.1)
+        one = y[:, :1]                                      # nobody tells this gene which prior is likely
+        assert not any(torch.allclose(evidence(one, 0.5, 0.9), evidence(one, a), atol=0.01) for a in (0.5, 0.9))
 
 
 def test_the_residual_of_accessibility_has_the_spread_and_the_smoothness_it_says(monkeypatch):
