@@ -464,6 +464,15 @@ def state_likelihood(readout, nodes, access, depth, mean):
     return access @ rate.log().T - depth[:, None] * rate.sum(1)
 
 
+@torch.no_grad()
+def mean_states(readout, access, depth, mean, block=4096):
+    """The mean landmark of every cell given its ATAC, (N, 8). D / T is what counts of one depth show, as in Stage 1."""
+    shares = copy.copy(readout)
+    shares._buffers = readout._buffers | {"log_size": torch.zeros_like(readout.log_size)}
+    return torch.cat([state_posterior(shares, shares.landmarks, access[rows], depth[rows], mean) @ shares.landmarks
+                      for rows in torch.arange(len(access)).split(block)])
+
+
 def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=256, lr=3e-2):
     """A readout of new genes: P, g and b stay, only the genes' own delta, p, q are fitted, to their accessibility.
 

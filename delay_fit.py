@@ -35,6 +35,7 @@ from chromatin import (
     PeakShares,
     Seen,
     descend,
+    mean_states,
     on,
     read_as,
     refine,
@@ -362,15 +363,22 @@ def centred(log_like, prior_mean, prior_sd, rounds=10):
     """
     for _ in range(rounds):
         _, mean, sd = posterior(log_like, prior_mean, prior_sd)
-        unknown = posterior(torch.zeros_like(log_like), prior_mean, prior_sd)[2]    # less than prior_sd: the grid ends
-        prior_mean = prior_mean + gauge(mean - prior_mean, sd, unknown)
+        prior_mean = prior_mean + gauge(mean - prior_mean, sd, prior_mean, prior_sd)
     return prior_mean
 
 
-def gauge(mean, sd, prior_sd):
-    """Mean log tau over genes, each weighted with the share of the prior variance that its data removed."""
-    weight = (1 - (sd / prior_sd).square()).clamp_min(1e-3)
-    return (weight * mean).sum() / weight.sum()
+def gauge(log_tau, sd, prior_mean=0.0, prior_sd=1.0):
+    """Mean of log tau (G,) over genes, each weighted with what_data_say."""
+    weight = what_data_say(sd, prior_mean, prior_sd)
+    return (weight * log_tau).sum() / weight.sum()
+
+
+def what_data_say(sd, prior_mean=0.0, prior_sd=1.0):
+    """The share of the prior variance of log tau that a gene's data removed (G,), from its posterior sd."""
+    prior_mean = torch.as_tensor(prior_mean).expand_as(sd).to(sd)
+    no_data = sd.new_zeros(len(sd), len(LOG_TAU))
+    unknown = posterior(no_data, prior_mean, prior_sd)[2]                       # less than prior_sd: the grid has ends
+    return (1 - (sd / unknown).square()).clamp_min(1e-3)
 
 
 # --- what embeddings say about delays ----------------------------------------------------------------------------
@@ -382,7 +390,7 @@ def head_means(gene_emb, log_tau, sd, prior_sd, ridge=10.0):
     Shrunk by its own leave-one-out slope, so that embeddings that predict nothing give the gauge's zero.
     """
     e = torch.cat([gene_emb, gene_emb.new_ones(len(gene_emb), 1)], 1).double()
-    w = (1 - (sd / prior_sd).square()).clamp_min(1e-3).double()
+    w = what_data_say(sd, prior_sd=prior_sd).double()
     we = e * w[:, None]
     solve = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1]).to(e), we.T)                # (K, G)
     h = (e * solve.T).sum(1).clamp_max(0.99)
@@ -401,7 +409,7 @@ def head_predict(gene_emb, log_tau, sd, new_emb, prior_sd=1.0, ridge=10.0):
     left_out = head_means(known.e, log_tau, sd, prior_sd, ridge)
     e, new = (torch.cat([x, torch.ones(len(x), 1)], 1).double()
               for x in (known.e, (new_emb - known.centre) @ known.axes))
-    w = (1 - (sd / prior_sd).square()).clamp_min(1e-3).double()
+    w = what_data_say(sd, prior_sd=prior_sd).double()
     we = e * w[:, None]
     fit = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1], dtype=e.dtype), we.T @ log_tau.double())
     raw = e @ fit
@@ -610,6 +618,7 @@ class _Flow:
     B: torch.Tensor
     prior: torch.Tensor             # (G,) mean of log tau
     D: GeneReadout
+    z: torch.Tensor                 # (N, 8) where cells start: the mean of what their ATAC says under D
     given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j) under D
     readout: GeneReadout            # D'; D itself before peaks are weighed
     peak_weight: torch.Tensor       # (C,)
@@ -664,7 +673,8 @@ class _EM:
         depth = (access.sum(1) / mean.sum()).clamp_min(1e-3)
         with torch.no_grad():
             given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, depth, mean)
-        em = cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
+        z = mean_states(anchor.readout, access, depth, mean)
+        em = cls(z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
                  rna_only, access, depth, mean, given_atac, anchor.peaks, anchor.seen)
         return replace(em, paired=em.pairing() > LEAST_PAIRING)
 
@@ -674,7 +684,7 @@ class _EM:
         if after is None:
             new = self.mean.new_full
             return _Flow(EffendiVectorField(LATENT, 128).to(self.z.device), kernel, new((n_genes,), 0.0),
-                         new((n_genes,), 0.8), new((n_genes,), 0.2), new((n_genes,), 0.0), self.readout,
+                         new((n_genes,), 0.8), new((n_genes,), 0.2), new((n_genes,), 0.0), self.readout, self.z,
                          self.given_atac, self.readout, new((n_peaks,), 1.0), new((n_peaks,), PEAK_SD))
         flow = replace(after, field=copy.deepcopy(after.field).requires_grad_(True), held_out=None, kernel=kernel)
         return self.e_step(flow if self.peaks is None else self.weigh(flow))
@@ -709,7 +719,8 @@ class _EM:
     def refined(self, flow):
         """The flow with D fitted once more to accessibility (chromatin.refine), cells placed by both modalities.
 
-        Cells that only Stage 1 has seen, and held-out ones, stay where it put them.
+        Cells that only Stage 1 has seen, and held-out ones, count where it put them. All then start where their ATAC
+        alone, read in the new D, puts them.
         """
         log_share, counts, exposure = self.expected(flow)[2], self.seen.counts, self.seen.exposure
         known = (exposure.sum() / self.access_depth.sum()).clamp_max(1)         # share of the cells that Stage 1 saw
@@ -719,8 +730,9 @@ class _EM:
             counts, exposure = counts + moved @ self.access[part], exposure + moved @ self.access_depth[part]
         # Below 0 by rounding, or where the cells that Stage 1 did not see are others.
         D = refine(flow.D, Seen(counts.clamp_min(0), exposure.clamp_min(0)), self.access_mean)
-        given_atac = state_likelihood(D, D.landmarks, self.access, self.access_depth, self.access_mean)
-        return replace(flow, D=D, readout=D, given_atac=given_atac, refined=flow.refined + 1)
+        cells = self.access, self.access_depth, self.access_mean
+        return replace(flow, D=D, readout=D, z=mean_states(D, *cells), refined=flow.refined + 1,
+                       given_atac=state_likelihood(D, D.landmarks, *cells))
 
     @torch.no_grad()
     def pairing(self):
@@ -737,7 +749,7 @@ class _EM:
         """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
         like, a, b = self.likelihood(flow, *self.at_landmarks(flow, self.train), kernel)
         share, centre, sd = posterior(like, flow.prior, self.prior_sd)
-        centre = centre - gauge(centre, sd, self.prior_sd)
+        centre = centre - gauge(centre, sd, flow.prior, self.prior_sd)
         return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
                        A=flow.A + damping * ((share * a).sum(1) - flow.A),
                        B=flow.B + damping * ((share * b).sum(1) - flow.B),
@@ -800,7 +812,7 @@ class _EM:
 
     @torch.no_grad()
     def likelihood_out(self, flow):
-        states = path(flow.field.eval(), self.z[self.out], self.times)
+        states = path(flow.field.eval(), flow.z[self.out], self.times)
         yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
         return cell_likelihood(yhat, self.counts[self.out], self.mean)
 
@@ -816,7 +828,7 @@ class _EM:
             field.train()
             weights = self.weights(flow)
             for rows in train[torch.randperm(len(train), generator=rng)].to(self.z.device).split(self.batch):
-                states, speed_sq = moving_path(field, self.z[rows], self.times)
+                states, speed_sq = moving_path(field, flow.z[rows], self.times)
                 yhat = predict(states, flow.readout, weights, flow.A, flow.B)
                 nll = -cell_likelihood(yhat, self.counts[rows], self.mean).sum() / yhat.numel()
                 loss = nll + self.kinetic * speed_sq
@@ -862,27 +874,27 @@ class _EM:
         """The DelayFit: the last E-step, and what v = 0 and other genes' chromatin explain.
 
         The delays come from grid_evidence. A and B go with D' as it is, since that is what predicts.
-        v = 0 is given the best of the weights of peaks that the moving fit chose, of its own, and of Stage 1's D, which
-        no moving fit has helped to find. A gene's own chromatin is compared with another's in that D, which has seen no
-        RNA.
+        v = 0 is given the best of the weights of peaks that the moving fit chose, of its own, and of Stage 1's D and
+        the states in it, which no moving fit has helped to find. A gene's own chromatin is compared with another's in
+        that D, which has seen no RNA.
         """
         last, sd = self.last_e_step(flow)
-        states, weights = path(flow.field, self.z, self.times), self.weights(flow)
+        states, weights = path(flow.field, flow.z, self.times), self.weights(flow)
         offset = exposures(states, flow.readout, weights, flow.A, flow.B, self.depth, self.mean)
         moving = grid_likelihood(states, flow.readout, self.counts, offset, self.mean, flow.kernel,
                                  (flow.A * weights.T, flow.B), times=self.times)[0]
-        readouts = [self.readout, flow.readout]
+        still_ways = [(self.z, self.readout), (flow.z, flow.readout)]
         if self.peaks is not None:
             em = replace(self, times=self.times[:1])        # of a path that stands still, the first state says all
-            readouts.append(em.weigh(em.e_step(replace(flow, field=Still(), readout=flow.D))).readout)
-        still = max((still_cells(self.z, readout, self.counts, self.depth, offset, self.mean, self.train, self.out)
-                     for readout in readouts), key=torch.sum)
-        still_gene = torch.stack([still_genes(self.z, readout, self.counts, offset, self.mean)[0]
-                                  for readout in readouts])                     # (2 or 3, G), Stage 1's D first
+            still_ways.append((flow.z, em.weigh(em.e_step(replace(flow, field=Still(), readout=flow.D))).readout))
+        still = max((still_cells(*way, self.counts, self.depth, offset, self.mean, self.train, self.out)
+                     for way in still_ways), key=torch.sum)
+        still_gene = torch.stack([still_genes(*way, self.counts, offset, self.mean)[0]
+                                  for way in still_ways])                       # (2 or 3, G), Stage 1's D first
         another = torch.randperm(len(self.mean), generator=rng)
         foreign = still_genes(self.z, self.readout, self.counts, offset, self.mean, another)[0]
         gene_gain = (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene.amax(0)
-        level = gauge(last.log_tau, sd, self.prior_sd).item()
+        level = gauge(last.log_tau, sd, last.prior, self.prior_sd).item()
         return DelayFit(flow.field, flow.kernel, last.log_tau - level, sd, last.A, last.B, flow.held_out, still,
                         still_gene[0] - foreign, gene_gain, level, flow.epoch,
                         [(e, total - still.mean().item()) for e, total in flow.history], flow.readout.own(),
@@ -901,7 +913,7 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0, d
     em = _EM.of(anchor, access, counts, rng, prior_sd=prior_sd)
     n = len(em.mean)
     flow = _Flow(delay.field, delay.kernel, delay.log_tau + delay.gauge, delay.A, delay.B, em.mean.new_zeros(n),
-                 em.readout, em.given_atac, delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
+                 em.readout, em.z, em.given_atac, delay.followed(anchor.readout), delay.peak_weight, delay.peak_sd)
     grid = LOG_TAU[::2].to(device)
     explain = em.explainer(flow, torch.arange(len(counts)), grid)
 

@@ -368,7 +368,7 @@ def true_time(data, args):
     like, centre = torch.stack(like, 1).float(), torch.tensor(0.0)
     for _ in range(5):                                      # the prior's mean is that of the genes
         log_tau, sd = delay_fit.posterior(like, centre.expand(len(like)), 1.0)[1:]
-        centre = delay_fit.gauge(log_tau, sd, 1.0)
+        centre = delay_fit.gauge(log_tau, sd, centre)
     low, high = anchored.intervals(log_tau, sd)
     return dict(log_tau=log_tau, low=low, high=high)
 

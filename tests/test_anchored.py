@@ -572,7 +572,15 @@ def test_a_fit_without_motion_explains_held_out_cells_worse(result):
 def test_the_gauge_is_mean_zero_over_genes_that_carry_signal(result):
     d = result.delays[0]
     weight = 1 - d.sd.square().clamp_max(0.999)
-    assert abs((weight * d.log_tau).sum() / weight.sum()) < 1e-4
+    assert abs((weight * d.log_tau).sum() / weight.sum()) < 0.01                # without regard to the grid's ends
+
+
+def test_genes_that_say_nothing_do_not_move_the_gauge():
+    like = -((delay_fit.LOG_TAU - 0.5) / 0.1).square().repeat(40, 1) / 2
+    like = torch.cat([like, torch.zeros(400, like.shape[1])])
+    prior_mean = torch.full((440,), -0.3)
+    _, mean, sd = delay_fit.posterior(like, prior_mean, 1.0)
+    assert abs(delay_fit.gauge(mean, sd, prior_mean) - 0.5) < 0.02              # the prior moves those 40 by 0.01
 
 
 def test_the_same_seed_gives_the_same_delays(data):
@@ -631,7 +639,7 @@ def test_rna_of_other_cells_takes_no_part_in_placing_cells(data, result):
 
 
 def test_accessibility_is_read_again_where_both_modalities_place_the_cells(data, result):
-    """Stage 1 saw 100 cells more than are paired: those, and held-out ones, stay where it put them."""
+    """Stage 1 saw 100 cells more than are paired: those, and held-out ones, count where it put them."""
     anchor, paired = result.anchors[0], len(data[0]) - 100
     access, counts = (torch.tensor(data[k]) for k in (1, 2))
     depth, mean = chromatin.size_factors(access)
@@ -648,6 +656,8 @@ def test_accessibility_is_read_again_where_both_modalities_place_the_cells(data,
         expected = chromatin.refine(before.D, chromatin.Seen(P.T @ access, P.T @ depth), mean)
         torch.testing.assert_close(after.D(anchor.z), expected(anchor.z), rtol=1e-3, atol=1e-3)
         assert after.readout is after.D and after.refined == before.refined + 1 and em.readout is anchor.readout
+        starts = chromatin.mean_states(after.D, access, depth, mean)[:paired]
+        torch.testing.assert_close(after.z, starts, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(em.at_landmarks(before, em.train)[1], P[em.train].T @ counts[em.train],
                                    rtol=1e-3, atol=1e-1)    # in all, some 100 counts a landmark and gene
     alone = chromatin.refine(anchor.readout, anchor.seen, mean)
@@ -674,6 +684,21 @@ def test_a_fit_refines_accessibility_twice_and_then_weighs_the_peaks_of_that():
     em = delay_fit._EM.of(anchor, access, counts, generator())
     flow = em.run(em.begin("exp"), generator(), 9, 6, 3, 1e-2)
     assert flow.refined == 2 and flow.D is not em.readout and flow.readout is not flow.D
+
+
+def test_cells_start_at_the_mean_state_of_what_their_atac_shows(result, data):
+    """Every state has a size, which a cell's counts, shares of its own total, do not show."""
+    access, readout = torch.tensor(data[1])[:50], result.anchors[0].readout
+    depth, mean = access.sum(1), access.mean(0) + 0.1
+    sized = chromatin.with_own(readout, **readout.own())
+    sized.log_size = torch.randn(len(readout.landmarks), generator=generator())
+    near = sized.near(sized.landmarks) @ sized.log_size
+    rate = mean * (sized(sized.landmarks) / near.exp()[:, None])
+    log_p = torch.distributions.Poisson(depth[:, None, None] * rate).log_prob(access[:, None]).sum(2)
+    expected = torch.softmax(log_p, 1) @ readout.landmarks
+    for of in (readout, sized):
+        torch.testing.assert_close(chromatin.mean_states(of, access, depth, mean, block=32), expected,
+                                   atol=1e-3, rtol=0)
 
 
 def test_few_pairs_are_known_for_pairs_and_few_strangers_are_not(data):
