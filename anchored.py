@@ -65,7 +65,7 @@ class Result:
 
 def usual_members(n_cells):
     """How many fits are averaged. Few paired cells gain from more, and have the time for it (LOG.md)."""
-    return 2 if n_cells >= 2000 else 8
+    return 2 if n_cells >= 2000 else 4
 
 
 def fit(x, access, counts, gene_emb, rng, kernel=None, members=None, steps=800, epochs=20, processes=1, rna_only=None,

@@ -131,7 +131,7 @@ HELD_OUT: float = 0.1                   # share of cells held out of the gradien
 # "specification" = the losses and readout as specified, under which it is not
 OBJECTIVE: str = "anchored"
 KERNEL: str | None = None               # exp, shift or gamma; None = exp or shift, as held-out cells prefer
-MEMBERS: int | None = None              # fits from different weights and held-out cells, averaged; None = 2, or 8
+MEMBERS: int | None = None              # fits from different weights and held-out cells, averaged; None = 2, or 4
                                         # below 2,000 paired cells
 ANCHOR_STEPS: int = 800                 # Stage 1: at most so many steps; held-out cells choose
 ANCHOR_CELLS: int = 50_000              # Stage 1 sees at most so many ATAC cells, seeded choice

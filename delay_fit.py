@@ -1,6 +1,6 @@
 """Stage 2.1 of the identifiable model: flow and delays by expectation-maximisation, on Stage 1's readout D.
 
-    dz/dt = v(z), z_0 = z, Lip(v) <= 1
+    dz/dt = v(z), Lip(v) <= 1             z_0 of a cell the mean state that its ATAC says, under D
     yhat      A_g sum_s W_s(tau_g) D'(z_s, g) + B_g         D' is D, or with the peaks of every gene given: those of
                                                             them that its expression follows (_EM.weigh)
     counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])     v and tau learned; for tau, gene by gene, as Poisson with
