@@ -705,7 +705,7 @@ class _EM:
 
     @torch.no_grad()
     def at_landmarks(self, flow, rows):
-        """Paths (T+1, J, 8) of the landmarks; counts (J, G) and exposures (J,) of the cells `rows` expected there."""
+        """Paths (T+1, J, 8) of the landmarks; counts (J, G), exposures (J,) of the cells `rows` there; yhat (J, G)."""
         states, yhat, log_share = self.expected(flow)
         counts, exposure = 0.0, 0.0
         paired = ((self.counts[part], flow.given_atac[part]) for part in rows.split(4096))
@@ -713,7 +713,7 @@ class _EM:
         for y, given_atac in (*paired, *alone):
             P = torch.softmax(given_atac + y @ log_share.T, 1)
             counts, exposure = counts + P.T @ y, exposure + y.sum(1) @ P
-        return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0]
+        return states, counts, exposure / self.mean.sum() / cell_size(yhat, self.mean)[:, 0], yhat
 
     @torch.no_grad()
     def refined(self, flow):
@@ -747,7 +747,8 @@ class _EM:
 
     def e_step(self, flow, damping=1.0, kernel=None):
         """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
-        like, a, b = self.likelihood(flow, *self.at_landmarks(flow, self.train), kernel)
+        states, counts, exposure, _ = self.at_landmarks(flow, self.train)
+        like, a, b = self.likelihood(flow, states, counts, exposure, kernel)
         share, centre, sd = posterior(like, flow.prior, self.prior_sd)
         centre = centre - gauge(centre, sd, flow.prior, self.prior_sd)
         return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
@@ -796,8 +797,8 @@ class _EM:
 
     def explainer(self, flow, rows, grid=LOG_TAU):
         """A function that explains genes by peaks of others: what weigh_peaks says, and these at t = 0 (J, g, k)."""
-        states, counts, exposure = self.at_landmarks(flow, rows)
-        now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B).clamp_min(0.05)     # (J, G)
+        states, counts, exposure, yhat = self.at_landmarks(flow, rows)
+        now = yhat.clamp_min(0.05)                                              # (J, G)
         W = kernel_weights(grid.exp(), self.times, flow.kernel).to(self.z.device)
         D, near = flow.D(states), flow.D.near(states)                           # (T+1, J, G), (T+1, J, J)
         peaks = self.peaks or PeakShares(torch.arange(len(self.mean), device=D.device), D.new_ones(D.shape[1:]))
@@ -860,10 +861,9 @@ class _EM:
         """
         cells, residual = torch.arange(len(self.z)), Residual(flow.D, self.seen)
         for fineness in ((26, 5), (101, 4)):
-            states, counts, exposure = self.at_landmarks(flow, cells)
+            states, counts, exposure, yhat = self.at_landmarks(flow, cells)
             _, a, b = self.likelihood(flow, states, counts, exposure)
-            now = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
-            evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel, now, residual,
+            evidence = grid_evidence(states, flow.readout, counts, exposure, self.mean, flow.kernel, yhat, residual,
                                      flow.prior, self.prior_sd, self.times, fineness)
             prior = centred(evidence, flow.prior, self.prior_sd)
             share, centre, sd = posterior(evidence, prior, self.prior_sd)

@@ -741,7 +741,7 @@ def draw(results, file):
     rows = [r for r in ROWS if r in set(table.row[table.spearman.notna()]) and r != "intervals"]
     sizes = [s for s in SIZES if s in set(table["size"])]
     fig, axes = plt.subplots(2, 4, figsize=(15, 8.5), sharex=True, height_ratios=[1.5, 1], layout="constrained")
-    compared = ["default", "true_time", "dpt_xcorr"]
+    compared = ["default", "oracle", "true_time", "dpt_xcorr"]
     for top, below, (depth, kernel) in zip(*axes, [(d, k) for d in ("shallow", "deep") for k in ("exp", "shift")]):
         part = table[(table.depth == depth) & (table.kernel == kernel)]
         title = f"{depth}, {'first-order lag' if kernel == 'exp' else 'pure delay'}"
@@ -750,7 +750,7 @@ def draw(results, file):
         below.set_xlabel("Spearman of estimated and planted log τ")
     for ax in axes[:, 1:].ravel():
         ax.set_yticklabels([])
-    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="below")
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="below")
     fig.suptitle("Recovery of planted delays, a point per seed, bar = mean.  "
                  "Above: 3 lineages, 3,000 cells, 400 genes.  Below: other sizes, another generator")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -764,7 +764,7 @@ def draw_points(ax, part, by, levels, names, rows, title):
         for i, level in enumerate(levels):
             own = part[(part[by] == level) & ((part.row == row) if row else True)]
             value = own.spearman.dropna().to_numpy(float)
-            y = i + (j - (len(rows) - 1) / 2) * 0.25
+            y = i + (j - (len(rows) - 1) / 2) * 0.2
             colour = f"C{j}" if row else ("C0" if level == "default" else "C7")
             ax.plot(value, np.full(len(value), y), "o", ms=4, alpha=0.7, color=colour,
                     label=ROW_NAMES[row] if row and i == 0 else None)

@@ -528,7 +528,7 @@ def test_cells_at_landmarks_keep_their_counts_and_their_depth():
     em = delay_fit._EM.of(replace(anchor, z=anchor.z[:150]), access[:150], counts[:150], generator(),
                          rna_only=counts[150:])
     flow = em.begin("exp")
-    states, y, exposure = em.at_landmarks(flow, torch.arange(100))
+    states, y, exposure, _ = em.at_landmarks(flow, torch.arange(100))
     used = torch.cat([torch.arange(100), torch.arange(150, 200)])       # rows asked for, and all cells without ATAC
     torch.testing.assert_close(y.sum(0), counts[used].sum(0), rtol=1e-4, atol=1e-2)
     # What states expect in all, from their exposures, is what the cells hold: sum_g m = depth for every cell.
