@@ -467,8 +467,8 @@ def state_likelihood(readout, nodes, access, depth, mean):
 @torch.no_grad()
 def mean_states(readout, access, depth, mean, block=4096):
     """The mean landmark of every cell given its ATAC, (N, 8). D / T is what counts of one depth show, as in Stage 1."""
-    shares = copy.copy(readout)
-    shares._buffers = readout._buffers | {"log_size": torch.zeros_like(readout.log_size)}
+    shares = with_own(readout, **readout.own())             # a copy
+    shares.log_size = torch.zeros_like(readout.log_size)
     return torch.cat([state_posterior(shares, shares.landmarks, access[rows], depth[rows], mean) @ shares.landmarks
                       for rows in torch.arange(len(access)).split(block)])
 

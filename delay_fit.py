@@ -367,30 +367,32 @@ def centred(log_like, prior_mean, prior_sd, rounds=10):
     return prior_mean
 
 
-def gauge(log_tau, sd, prior_mean=0.0, prior_sd=1.0):
+def gauge(log_tau, sd, prior_mean, prior_sd=1.0):
     """Mean of log tau (G,) over genes, each weighted with what_data_say."""
     weight = what_data_say(sd, prior_mean, prior_sd)
     return (weight * log_tau).sum() / weight.sum()
 
 
-def what_data_say(sd, prior_mean=0.0, prior_sd=1.0):
-    """The share of the prior variance of log tau that a gene's data removed (G,), from its posterior sd."""
-    prior_mean = torch.as_tensor(prior_mean).expand_as(sd).to(sd)
-    no_data = sd.new_zeros(len(sd), len(LOG_TAU))
-    unknown = posterior(no_data, prior_mean, prior_sd)[2]                       # less than prior_sd: the grid has ends
+def what_data_say(sd, prior_mean, prior_sd):
+    """The share of the prior variance of log tau that a gene's data removed (G,), from its posterior sd (G,).
+
+    prior_mean (G,) or one for all.
+    """
+    prior_mean = torch.as_tensor(prior_mean).to(sd).expand_as(sd)
+    unknown = posterior(sd.new_zeros(len(sd), len(LOG_TAU)), prior_mean, prior_sd)[2]   # < prior_sd: the grid has ends
     return (1 - (sd / unknown).square()).clamp_min(1e-3)
 
 
 # --- what embeddings say about delays ----------------------------------------------------------------------------
 
-def head_means(gene_emb, log_tau, sd, prior_sd, ridge=10.0):
+def head_means(gene_emb, log_tau, sd, prior_mean, prior_sd, ridge=10.0):
     """What the embeddings of all other genes say about a gene's log tau: ridge regression, leave-one-out.
 
         mean_-g = (fit_g - h_g y_g) / (1 - h_g)     h the diagonal of the hat matrix
     Shrunk by its own leave-one-out slope, so that embeddings that predict nothing give the gauge's zero.
     """
     e = torch.cat([gene_emb, gene_emb.new_ones(len(gene_emb), 1)], 1).double()
-    w = what_data_say(sd, prior_sd=prior_sd).double()
+    w = what_data_say(sd, prior_mean, prior_sd).double()
     we = e * w[:, None]
     solve = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1]).to(e), we.T)                # (K, G)
     h = (e * solve.T).sum(1).clamp_max(0.99)
@@ -403,13 +405,14 @@ def head_means(gene_emb, log_tau, sd, prior_sd, ridge=10.0):
 def head_predict(gene_emb, log_tau, sd, new_emb, prior_sd=1.0, ridge=10.0):
     """log tau (H,) of genes that were not fitted, from their embeddings (H, D): the same ridge, shrunk alike.
 
-    gene_emb (G, D), log_tau and sd (G,) of the fitted genes. Embeddings are read on the fitted genes' axes.
+    gene_emb (G, D), log_tau and sd (G,) of the fitted genes, the prior of each about 0, as their embeddings seldom tell
+    much. Embeddings are read on the fitted genes' axes.
     """
     known = GeneReadout(gene_emb)
-    left_out = head_means(known.e, log_tau, sd, prior_sd, ridge)
+    left_out = head_means(known.e, log_tau, sd, 0.0, prior_sd, ridge)
     e, new = (torch.cat([x, torch.ones(len(x), 1)], 1).double()
               for x in (known.e, (new_emb - known.centre) @ known.axes))
-    w = what_data_say(sd, prior_sd=prior_sd).double()
+    w = what_data_say(sd, 0.0, prior_sd).double()
     we = e * w[:, None]
     fit = torch.linalg.solve(e.T @ we + ridge * torch.eye(e.shape[1], dtype=e.dtype), we.T @ log_tau.double())
     raw = e @ fit
@@ -531,7 +534,7 @@ class DelayFit:
     sd: torch.Tensor                # (G,) posterior standard deviation, flow and states given
     A: torch.Tensor                 # (G,)
     B: torch.Tensor                 # (G,)
-    held_out: torch.Tensor          # (N_out,) log-likelihood of each held-out cell
+    held_out: torch.Tensor          # (N_out,) log-likelihood of each held-out cell from where it starts (_EM.starts)
     still: torch.Tensor             # (N_out,) the same for v = 0
     own: torch.Tensor               # (G,) log-likelihood of a gene's own chromatin beyond another gene's, v = 0
     gene_gain: torch.Tensor         # (G,) log-likelihood over all cells beyond v = 0
@@ -618,7 +621,7 @@ class _Flow:
     B: torch.Tensor
     prior: torch.Tensor             # (G,) mean of log tau
     D: GeneReadout
-    z: torch.Tensor                 # (N, 8) where cells start: the mean of what their ATAC says under D
+    z: torch.Tensor                 # (N, 8) where cells start
     given_atac: torch.Tensor        # (N, J) log p(access[c] | z_j) under D
     readout: GeneReadout            # D'; D itself before peaks are weighed
     peak_weight: torch.Tensor       # (C,)
@@ -673,8 +676,7 @@ class _EM:
         depth = (access.sum(1) / mean.sum()).clamp_min(1e-3)
         with torch.no_grad():
             given_atac = state_likelihood(anchor.readout, anchor.readout.landmarks, access, depth, mean)
-        z = mean_states(anchor.readout, access, depth, mean)
-        em = cls(z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
+        em = cls(anchor.z, anchor.readout, counts, *size_factors(counts), train, out, times, prior_sd, batch, kinetic,
                  rna_only, access, depth, mean, given_atac, anchor.peaks, anchor.seen)
         return replace(em, paired=em.pairing() > LEAST_PAIRING)
 
@@ -719,8 +721,7 @@ class _EM:
     def refined(self, flow):
         """The flow with D fitted once more to accessibility (chromatin.refine), cells placed by both modalities.
 
-        Cells that only Stage 1 has seen, and held-out ones, count where it put them. All then start where their ATAC
-        alone, read in the new D, puts them.
+        Cells that only Stage 1 has seen, and held-out ones, count where it put them.
         """
         log_share, counts, exposure = self.expected(flow)[2], self.seen.counts, self.seen.exposure
         known = (exposure.sum() / self.access_depth.sum()).clamp_max(1)         # share of the cells that Stage 1 saw
@@ -730,9 +731,23 @@ class _EM:
             counts, exposure = counts + moved @ self.access[part], exposure + moved @ self.access_depth[part]
         # Below 0 by rounding, or where the cells that Stage 1 did not see are others.
         D = refine(flow.D, Seen(counts.clamp_min(0), exposure.clamp_min(0)), self.access_mean)
-        cells = self.access, self.access_depth, self.access_mean
-        return replace(flow, D=D, readout=D, z=mean_states(D, *cells), refined=flow.refined + 1,
-                       given_atac=state_likelihood(D, D.landmarks, *cells))
+        given_atac = state_likelihood(D, D.landmarks, self.access, self.access_depth, self.access_mean)
+        return replace(flow, D=D, readout=D, z=self.starts(D), given_atac=given_atac, refined=flow.refined + 1)
+
+    @torch.no_grad()
+    def starts(self, D):
+        """Where cells start (N, 8): AlignMLP's states, or the mean states that the genes' ATAC alone says under D.
+
+        The latter are nearer to the truth where genes have counts enough. AlignMLP's know of all peaks, and are smooth.
+        Which are better, RNA says: those under which it is the likelier at v = 0.
+        """
+        means = mean_states(D, self.access, self.access_depth, self.access_mean)
+        of_align, of_means = (self.still(z, D, self.depth, self.train).sum() for z in (self.z, means))
+        return means if self.paired and of_means > of_align else self.z
+
+    def still(self, z, readout, offset, rows):
+        """still_cells of these cells, A and B of the training cells: (len(rows),)."""
+        return still_cells(z, readout, self.counts, self.depth, offset, self.mean, self.train, rows)
 
     @torch.no_grad()
     def pairing(self):
@@ -754,7 +769,7 @@ class _EM:
         return replace(flow, kernel=kernel or flow.kernel, log_tau=flow.log_tau + damping * (centre - flow.log_tau),
                        A=flow.A + damping * ((share * a).sum(1) - flow.A),
                        B=flow.B + damping * ((share * b).sum(1) - flow.B),
-                       prior=head_means(self.readout.e, centre, sd, self.prior_sd))
+                       prior=head_means(self.readout.e, centre, sd, flow.prior, self.prior_sd))
 
     def likelihood(self, flow, states, counts, exposure, kernel=None):
         """grid_likelihood of what at_landmarks gives: L, A, B (G, U)."""
@@ -874,23 +889,23 @@ class _EM:
         """The DelayFit: the last E-step, and what v = 0 and other genes' chromatin explain.
 
         The delays come from grid_evidence. A and B go with D' as it is, since that is what predicts.
-        v = 0 is given the best of the weights of peaks that the moving fit chose, of its own, and of Stage 1's D and
-        the states in it, which no moving fit has helped to find. A gene's own chromatin is compared with another's in
-        that D, which has seen no RNA.
+        v = 0 is given the best of the weights of peaks that the moving fit chose, of its own, and of Stage 1's D with
+        either kind of states, which no moving fit has helped to find. A gene's own chromatin is compared with another's
+        in that D, which has seen no RNA.
         """
         last, sd = self.last_e_step(flow)
         states, weights = path(flow.field, flow.z, self.times), self.weights(flow)
         offset = exposures(states, flow.readout, weights, flow.A, flow.B, self.depth, self.mean)
         moving = grid_likelihood(states, flow.readout, self.counts, offset, self.mean, flow.kernel,
                                  (flow.A * weights.T, flow.B), times=self.times)[0]
-        still_ways = [(self.z, self.readout), (flow.z, flow.readout)]
+        means = mean_states(self.readout, self.access, self.access_depth, self.access_mean)
+        still_ways = [(self.z, self.readout), (means, self.readout), (flow.z, flow.readout)]
         if self.peaks is not None:
             em = replace(self, times=self.times[:1])        # of a path that stands still, the first state says all
             still_ways.append((flow.z, em.weigh(em.e_step(replace(flow, field=Still(), readout=flow.D))).readout))
-        still = max((still_cells(*way, self.counts, self.depth, offset, self.mean, self.train, self.out)
-                     for way in still_ways), key=torch.sum)
+        still = max((self.still(*way, offset, self.out) for way in still_ways), key=torch.sum)
         still_gene = torch.stack([still_genes(*way, self.counts, offset, self.mean)[0]
-                                  for way in still_ways])                       # (2 or 3, G), Stage 1's D first
+                                  for way in still_ways])                       # (3 or 4, G), Stage 1's first
         another = torch.randperm(len(self.mean), generator=rng)
         foreign = still_genes(self.z, self.readout, self.counts, offset, self.mean, another)[0]
         gene_gain = (posterior(moving, flow.prior, self.prior_sd)[0] * moving).sum(1) - still_gene.amax(0)

@@ -46,7 +46,7 @@ def needed(result, truth):
     """log of the scale that turns relative tau into the planted hours, a mean over genes."""
     used = (truth["changes"] & truth["has_link"]).to_numpy(bool)
     gap = torch.as_tensor(np.log(truth["tau_h"].to_numpy()), dtype=torch.float32) - result.log_tau
-    return float(delay_fit.gauge(gap[used], result.sd[used]))
+    return float(delay_fit.gauge(gap[used], result.sd[used], 0.0))
 
 
 def one(seed, hours_per_unit):

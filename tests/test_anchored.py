@@ -102,7 +102,7 @@ def test_the_head_never_sees_the_gene_it_predicts():
     e, y, sd = torch.randn(60, 5, generator=rng), torch.randn(60, generator=rng), torch.full((60,), 0.3)
     e_one = torch.cat([e, torch.ones(60, 1)], 1).double()
     solve = torch.linalg.solve(e_one[1:].T @ e_one[1:] * 0.91 + 10 * torch.eye(6), e_one[1:].T @ y[1:].double() * 0.91)
-    both = delay_fit.head_means(e, y, sd, 1.0), delay_fit.head_means(e, torch.cat([y[:1] + 5, y[1:]]), sd, 1.0)
+    both = (delay_fit.head_means(e, of, sd, 0.0, 1.0) for of in (y, torch.cat([y[:1] + 5, y[1:]])))
     direct = (e_one[0] @ solve).item()
     for means in both:                                      # equal up to the common shrinkage factor in [0, 1]
         assert means[0].item() * direct >= 0 and abs(means[0]) <= abs(direct) + 1e-6
@@ -578,9 +578,10 @@ def test_the_gauge_is_mean_zero_over_genes_that_carry_signal(result):
 def test_genes_that_say_nothing_do_not_move_the_gauge():
     like = -((delay_fit.LOG_TAU - 0.5) / 0.1).square().repeat(40, 1) / 2
     like = torch.cat([like, torch.zeros(400, like.shape[1])])
-    prior_mean = torch.full((440,), -0.3)
-    _, mean, sd = delay_fit.posterior(like, prior_mean, 1.0)
-    assert abs(delay_fit.gauge(mean, sd, prior_mean) - 0.5) < 0.02              # the prior moves those 40 by 0.01
+    for middle in (-0.3, 1.0):                              # with 1 the grid takes more of the prior than with 0
+        prior_mean = torch.full((440,), middle)
+        _, mean, sd = delay_fit.posterior(like, prior_mean, 1.0)
+        assert abs(delay_fit.gauge(mean, sd, prior_mean) - 0.5) < 0.02          # the prior moves those 40 by 0.01
 
 
 def test_the_same_seed_gives_the_same_delays(data):
@@ -656,7 +657,7 @@ def test_accessibility_is_read_again_where_both_modalities_place_the_cells(data,
         expected = chromatin.refine(before.D, chromatin.Seen(P.T @ access, P.T @ depth), mean)
         torch.testing.assert_close(after.D(anchor.z), expected(anchor.z), rtol=1e-3, atol=1e-3)
         assert after.readout is after.D and after.refined == before.refined + 1 and em.readout is anchor.readout
-        starts = chromatin.mean_states(after.D, access, depth, mean)[:paired]
+        starts = chromatin.mean_states(after.D, access, depth, mean)[:paired]  # genes have counts enough here
         torch.testing.assert_close(after.z, starts, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(em.at_landmarks(before, em.train)[1], P[em.train].T @ counts[em.train],
                                    rtol=1e-3, atol=1e-1)    # in all, some 100 counts a landmark and gene
@@ -699,6 +700,31 @@ def test_cells_start_at_the_mean_state_of_what_their_atac_shows(result, data):
     for of in (readout, sized):
         torch.testing.assert_close(chromatin.mean_states(of, access, depth, mean, block=32), expected,
                                    atol=1e-3, rtol=0)
+
+
+def test_cells_start_where_rna_likes_it_better(data, result):
+    """Genes with counts enough place cells better than AlignMLP, which has all peaks; with a hundredth they do not."""
+    access, counts = (torch.tensor(data[k]) for k in (1, 2))
+    em = delay_fit._EM.of(result.anchors[0], access, counts, generator())
+    D = em.refined(em.begin("exp")).D
+    means = chromatin.mean_states(D, access, em.access_depth, em.access_mean)
+    assert torch.equal(em.starts(D), means) and not torch.allclose(means, em.z, atol=0.1)
+    assert torch.equal(replace(em, paired=False).starts(D), em.z)               # RNA of other cells has no say
+    thin = torch.binomial(access, torch.full_like(access, 0.01), generator=generator())
+    few = replace(em, access=thin, access_depth=thin.sum(1) / em.access_mean.sum())
+    assert torch.equal(few.starts(D), em.z)
+
+
+def test_cells_move_from_where_they_start_and_held_out_rna_has_no_say_in_it(data, result):
+    em = delay_fit._EM.of(result.anchors[0], *data[1:3], generator())
+    first = em.begin("exp")
+    flow, other = em.refined(first), em.counts.clone()
+    other[em.out] = other[em.out].flip(0, 1)
+    assert torch.equal(replace(em, counts=other).refined(first).z, flow.z)
+    elsewhere = replace(em, z=torch.full_like(em.z, torch.nan))
+    assert elsewhere.likelihood_out(flow).isfinite().all()
+    found = elsewhere.run(replace(flow, refined=2), generator(), epochs=1, warm=1, every=3, lr=1e-2)
+    assert found.held_out.isfinite().all() and torch.equal(found.z, flow.z)
 
 
 def test_few_pairs_are_known_for_pairs_and_few_strangers_are_not(data):

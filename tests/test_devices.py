@@ -111,7 +111,7 @@ def test_every_tensor_of_the_e_steps_lies_where_the_cells_are():
                       held_out=delay.held_out))
     with TwoDevices(), torch.no_grad():
         em = delay_fit._EM.of(there, access, counts, rng)
-        flow = delay_fit._Flow(kernel="exp", D=em.readout, given_atac=em.given_atac, **found)
+        flow = delay_fit._Flow(kernel="exp", D=em.readout, z=em.z, given_atac=em.given_atac, **found)
         assert isinstance(em.counts, Marked) and isinstance(em.e_step(flow).log_tau, Marked)
         assert isinstance(em.weigh(flow).readout.delta, Marked)
         assert isinstance(em.refined(flow).D.delta, Marked)
