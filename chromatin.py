@@ -466,7 +466,7 @@ def state_likelihood(readout, nodes, access, depth, mean):
 
 @torch.no_grad()
 def mean_states(readout, access, depth, mean, block=4096):
-    """The mean landmark of every cell given its ATAC, (N, 8). D / T is what counts of one depth show, as in Stage 1."""
+    """The mean landmark of every cell given the genes' ATAC, (N, 8). Counts of a cell show D / T, as in Stage 1."""
     shares = with_own(readout, **readout.own())             # a copy
     shares.log_size = torch.zeros_like(readout.log_size)
     return torch.cat([state_posterior(shares, shares.landmarks, access[rows], depth[rows], mean) @ shares.landmarks

@@ -1,6 +1,6 @@
 """Stage 2.1 of the identifiable model: flow and delays by expectation-maximisation, on Stage 1's readout D.
 
-    dz/dt = v(z), Lip(v) <= 1             z_0 of a cell the mean state that its ATAC says, under D
+    dz/dt = v(z), Lip(v) <= 1                               z_0 of a cell: what its ATAC says (_EM.starts)
     yhat      A_g sum_s W_s(tau_g) D'(z_s, g) + B_g         D' is D, or with the peaks of every gene given: those of
                                                             them that its expression follows (_EM.weigh)
     counts[c, :] ~ Multinomial(n_c, mu_r[g] yhat[c, g])     v and tau learned; for tau, gene by gene, as Poisson with
@@ -566,7 +566,9 @@ class DelayFit:
 
 @torch.no_grad()
 def moved(anchor, delay, counts, times=TIMES):
-    """Path (T+1, N, 8) and exposures (N,) of an anchor's cells under a fit, the genes' mean counts (G,), and D'."""
+    """Of an anchor's cells under a fit, from AlignMLP's states: path (T+1, N, 8), exposures (N,), the genes' mean counts
+    (G,), and D'.
+    """
     depth, mean = size_factors(counts)
     states, readout = path(delay.field, anchor.z, times), delay.followed(anchor.readout)
     weights = kernel_weights((delay.log_tau + delay.gauge).exp(), times, delay.kernel)
@@ -636,7 +638,7 @@ class _Flow:
 class _EM:
     """Expectation-maximisation on some paired cells.
 
-        M   v follows the gradient; cells start from z_c, which ATAC alone gives
+        M   v follows the gradient; cells start where their ATAC puts them (starts)
         E   P[c, j] ~ p(access[c] | z_j) prod_g share_jg^counts[c, g]               z_j the readout's landmarks
             share_jg = mu_g yhat(z_j, g) / sum of it;  then L_g(log tau) from the sums of P counts and P depth per state
             The last one (last_e_step) believes D' only as far as ATAC's counts support it (grid_evidence).

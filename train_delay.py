@@ -1,7 +1,7 @@
 """Stage 2: learn tau_g from paired cells.
 
 OBJECTIVE = "anchored" (default; equations in delay_fit.py)
-    Stage 2.1   latent frozen: flow, delays and kernel by expectation-maximisation, MEMBERS fits
+    Stage 2.1   AlignMLP frozen: flow, delays and kernel by expectation-maximisation, MEMBERS fits
     Stage 2.2   what they are worth: refits on halves and on resampled cells give the gate, the intervals, the
                 reasons why a gene's delay cannot be told, and delays that differ between cell states
 OBJECTIVE = "specification"
