@@ -566,7 +566,7 @@ class DelayFit:
 
 @torch.no_grad()
 def moved(anchor, delay, counts, times=TIMES):
-    """Of an anchor's cells under a fit, from AlignMLP's states: path (T+1, N, 8), exposures (N,), the genes' mean counts
+    """Path (T+1, N, 8) from AlignMLP's states and exposures (N,) of an anchor's cells under a fit, the genes' mean counts
     (G,), and D'.
     """
     depth, mean = size_factors(counts)
