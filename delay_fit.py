@@ -566,8 +566,8 @@ class DelayFit:
 
 @torch.no_grad()
 def moved(anchor, delay, counts, times=TIMES):
-    """Path (T+1, N, 8) from AlignMLP's states and exposures (N,) of an anchor's cells under a fit, the genes' mean counts
-    (G,), and D'.
+    """Path (T+1, N, 8) from AlignMLP's states and exposures (N,) of an anchor's cells under a fit; the genes'
+    mean counts (G,); D'.
     """
     depth, mean = size_factors(counts)
     states, readout = path(delay.field, anchor.z, times), delay.followed(anchor.readout)
