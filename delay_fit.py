@@ -499,19 +499,6 @@ def cell_likelihood(yhat, counts, mean):
     return (counts * yhat.log()).sum(1) - counts.sum(1) * (yhat @ mean).log()
 
 
-@torch.no_grad()
-def still_cells(z, readout, counts, depth, offset, mean, train, out):
-    """v = 0: yhat = A D(z_0) + B. Log-likelihood of held-out cells (N_out,), with exposures of its own.
-
-    offset (N,): exposures to begin with.
-    """
-    own = mean.new_ones(len(mean), 1)
-    for _ in range(2):
-        _, a, b = still_genes(z[train], readout, counts[train], offset[train], mean)
-        offset = exposures(z[None], readout, own, a, b, depth, mean)
-    return cell_likelihood(predict(z[None, out], readout, own, a, b), counts[out], mean)
-
-
 def still_genes(z, readout, counts, offset, mean, genes=None):
     """v = 0: log-likelihood of every gene over the cells, its A and B, (G,) each.
 
@@ -535,7 +522,7 @@ class DelayFit:
     A: torch.Tensor                 # (G,)
     B: torch.Tensor                 # (G,)
     held_out: torch.Tensor          # (N_out,) log-likelihood of each held-out cell from where it starts (_EM.starts)
-    still: torch.Tensor             # (N_out,) the same for v = 0
+    still: torch.Tensor             # (N_out,) for v = 0, the best of what describe tries
     own: torch.Tensor               # (G,) log-likelihood of a gene's own chromatin beyond another gene's, v = 0
     gene_gain: torch.Tensor         # (G,) log-likelihood over all cells beyond v = 0
     gauge: float                    # own log tau of the field - log_tau: what the gauge took away
@@ -741,15 +728,25 @@ class _EM:
         """Where cells start (N, 8): AlignMLP's states, or the mean states that the genes' ATAC alone says under D.
 
         The latter are nearer to the truth where genes have counts enough. AlignMLP's know of all peaks, and are smooth.
-        Which are better, RNA says: those under which it is the likelier at v = 0.
+        They stay, unless RNA has a say (paired) and is likelier at v = 0 under the others, by two standard errors.
         """
+        if not self.paired:
+            return self.z
         means = mean_states(D, self.access, self.access_depth, self.access_mean)
-        of_align, of_means = (self.still(z, D, self.depth, self.train).sum() for z in (self.z, means))
-        return means if self.paired and of_means > of_align else self.z
+        of_align, of_means = (self.still(z, D, self.depth, self.train) for z in (self.z, means))
+        return means if z_score(of_means - of_align) > 2 else self.z
 
+    @torch.no_grad()
     def still(self, z, readout, offset, rows):
-        """still_cells of these cells, A and B of the training cells: (len(rows),)."""
-        return still_cells(z, readout, self.counts, self.depth, offset, self.mean, self.train, rows)
+        """v = 0: yhat = A D(z_0) + B, A and B of the training cells. Log-likelihood of the cells `rows` (len(rows),).
+
+        offset (N,): exposures to begin with; every z and readout then gets its own.
+        """
+        own, train = self.mean.new_ones(len(self.mean), 1), self.train
+        for _ in range(2):
+            _, a, b = still_genes(z[train], readout, self.counts[train], offset[train], self.mean)
+            offset = exposures(z[None], readout, own, a, b, self.depth, self.mean)
+        return cell_likelihood(predict(z[None, rows], readout, own, a, b), self.counts[rows], self.mean)
 
     @torch.no_grad()
     def pairing(self):
@@ -891,9 +888,9 @@ class _EM:
         """The DelayFit: the last E-step, and what v = 0 and other genes' chromatin explain.
 
         The delays come from grid_evidence. A and B go with D' as it is, since that is what predicts.
-        v = 0 is given the best of the weights of peaks that the moving fit chose, of its own, and of Stage 1's D with
-        either kind of states, which no moving fit has helped to find. A gene's own chromatin is compared with another's
-        in that D, which has seen no RNA.
+        v = 0 is given the best of Stage 1's D with either kind of states, which no moving fit has helped to find, and,
+        from where the moving fit starts, of the weights of peaks that this chose and of its own. A gene's own chromatin
+        is compared with another's in Stage 1's D, which has seen no RNA.
         """
         last, sd = self.last_e_step(flow)
         states, weights = path(flow.field, flow.z, self.times), self.weights(flow)

@@ -719,12 +719,12 @@ def test_cells_move_from_where_they_start_and_held_out_rna_has_no_say_in_it(data
     em = delay_fit._EM.of(result.anchors[0], *data[1:3], generator())
     first = em.begin("exp")
     flow, other = em.refined(first), em.counts.clone()
-    other[em.out] = other[em.out].flip(0, 1)
+    other[em.out] = torch.nan
     assert torch.equal(replace(em, counts=other).refined(first).z, flow.z)
     elsewhere = replace(em, z=torch.full_like(em.z, torch.nan))
     assert elsewhere.likelihood_out(flow).isfinite().all()
     found = elsewhere.run(replace(flow, refined=2), generator(), epochs=1, warm=1, every=3, lr=1e-2)
-    assert found.held_out.isfinite().all() and torch.equal(found.z, flow.z)
+    assert found.held_out.isfinite().all()
 
 
 def test_few_pairs_are_known_for_pairs_and_few_strangers_are_not(data):
