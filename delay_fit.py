@@ -728,13 +728,12 @@ class _EM:
         """Where cells start (N, 8): AlignMLP's states, or the mean states that the genes' ATAC alone says under D.
 
         The latter are nearer to the truth where genes have counts enough. AlignMLP's know of all peaks, and are smooth.
-        They stay, unless RNA has a say (paired) and is likelier at v = 0 under the others, by two standard errors.
+        They stay, unless RNA has a say (paired) and that of the training cells is likelier at v = 0 under the others.
         """
         if not self.paired:
             return self.z
         means = mean_states(D, self.access, self.access_depth, self.access_mean)
-        of_align, of_means = (self.still(z, D, self.depth, self.train) for z in (self.z, means))
-        return means if z_score(of_means - of_align) > 2 else self.z
+        return max(self.z, means, key=lambda z: self.still(z, D, self.depth, self.train).sum())
 
     @torch.no_grad()
     def still(self, z, readout, offset, rows):
