@@ -30,6 +30,7 @@ N_REFERENCES = 1000                                         # cells that stand f
 OWN = 8.0                                                   # learning rate of what belongs to one gene, over the rest's
 NOISE = 0.3                                                 # latent noise under which the readout must hold
 REFINE = 10.0                                               # precision that holds genes' own values where they were
+NEW = 1.0                                                   # and those of new genes at what embeddings say
 FEW = 10.0                                                  # counts below which a peak's share is that over all cells
 
 
@@ -153,16 +154,23 @@ def read_as(readout, target, penalty=0.1):
     return fit_own(readout, target.new_ones(len(target), 1) / len(target), target / len(target), ridge.to(target))
 
 
-def refine(readout, seen, mean):
+def of_genes(readout, genes):
+    """The readout of some of its genes, by number."""
+    some = with_own(readout, **{name: value[genes] for name, value in readout.own().items()})
+    some.e = readout.e[genes]
+    return some
+
+
+def refine(readout, seen, mean, precision=REFINE):
     """The readout after another M-step in the genes' own delta, p, q, to the counts that are expected at its landmarks.
 
     Stage 1 fits D under noise and before it is averaged over landmarks: what results opens and closes more slowly than
     the counts say, and a flow can only make up for that by changing its pace along the process, which bends delays.
-    delta is held near its last values with precision REFINE, p and q, which every count tells, with less.
+    delta is held near its last values with this precision, p and q, which every count tells, with less.
     Shapes  seen: Seen, mean (G,) counts
     """
     size = readout.hidden(readout.landmarks)[:, -1].exp()
-    ridge = REFINE * torch.cat([torch.ones(readout.delta.shape[1]), torch.full((2,), 0.3)]).to(mean)
+    ridge = precision * torch.cat([torch.ones(readout.delta.shape[1]), torch.full((2,), 0.3)]).to(mean)
     return fit_own(readout, (seen.exposure / size)[:, None] * mean, seen.counts, ridge, readout.own_together())
 
 
@@ -473,26 +481,9 @@ def mean_states(readout, access, depth, mean, block=4096):
                       for rows in torch.arange(len(access)).split(block)])
 
 
-def read_new_genes(readout, z, access, depth, gene_emb, rng, steps=300, batch=256, lr=3e-2):
-    """A readout of new genes: P, g and b stay, only the genes' own delta, p, q are fitted, to their accessibility.
-
-    Shapes  z (N, 8), access (N, H), depth (N,) size factors, gene_emb (H, D) -> GeneReadout of H genes
-    """
-    new = copy.deepcopy(readout)
-    new.log_size = torch.zeros_like(readout.log_size)       # depth is relative to all that is open, as in Stage 1
-    new.e = (gene_emb - readout.centre) @ readout.axes
-    new.delta = nn.Parameter(torch.zeros_like(new.e))
-    new.p, new.q = nn.Parameter(torch.full((len(new.e),), -math.log(2))), nn.Parameter(torch.zeros(len(new.e)))
-    own = [new.delta, new.p, new.q]
-    optimiser = torch.optim.Adam(own, lr=lr)
-    mean = access.mean(0).clamp_min(1e-6)
-    for _ in range(steps):
-        rows = torch.randint(len(z), (batch,), generator=rng)
-        noisy = z[rows] + NOISE * torch.randn(batch, z.shape[1], generator=rng)
-        loss = poisson_nll(depth[rows, None] * mean * new(noisy), access[rows]) + new.penalty()
-        grads = torch.autograd.grad(loss, own)
-        for parameter, grad in zip(own, grads):
-            parameter.grad = grad
-        optimiser.step()
-    new.log_size = readout.log_size
-    return new.requires_grad_(False)
+def unseen_genes(readout, gene_emb):
+    """A readout of new genes (H, D) as their embeddings say alone: all that genes share stays, delta, p, q are 0."""
+    e = (gene_emb - readout.centre) @ readout.axes
+    new = with_own(readout, torch.zeros_like(e), e.new_full((len(e),), -math.log(2)), e.new_zeros(len(e)))
+    new.e = e
+    return new

@@ -31,6 +31,7 @@ from torch.nn.utils import parametrize
 from chromatin import (
     BANDWIDTH,
     LATENT,
+    NEW,
     GeneReadout,
     PeakShares,
     Seen,
@@ -39,6 +40,7 @@ from chromatin import (
     on,
     read_as,
     refine,
+    share_out,
     size_factors,
     split_cells,
     state_likelihood,
@@ -347,6 +349,59 @@ def weigh_peaks(part, W, w, wy):
     return evidence, (centre[..., 1:] @ mix.T).float(), spread.float()
 
 
+def peak_explainer(D, peaks, states, W, counts, exposure, mean, yhat):
+    """A function that explains genes by peaks of others: what weigh_peaks says, and these at t = 0 (J, g, k).
+
+    Shapes  peaks: PeakShares; states (T+1, J, 8) of the landmarks, W (U, T+1), counts (J, G) and exposure (J,) there,
+            mean (G,), yhat (J, G), for the variance
+    """
+    now = yhat.clamp_min(0.05)
+    readings, near = D(states), D.near(states)                                  # (T+1, J, G), (T+1, J, J)
+    of_genes, shares = peaks.of_genes(len(mean)), nn.functional.pad(peaks.share, (0, 1))
+
+    def explain(genes, whose):
+        share = shares[:, of_genes[whose]]                                      # (J, g, k); of the padding 0
+        part = readings[:, :, whose, None] * (near @ share.flatten(1)).unflatten(-1, share.shape[1:])
+        w = mean[genes] * exposure[:, None] / now[:, genes]
+        return *weigh_peaks(part, W, w, counts[:, genes] / now[:, genes]), part[0]
+    return explain
+
+
+def weighed(explain, D, peaks, prior_mean, prior_sd):
+    """D', a readout of those peaks of every gene that its expression follows; what peaks count for (C,), and its sd.
+
+        y = B + sum_p (A + d_p) F_p,   F_p = sum_s W_s(tau) D(z_s, g) share_p(z_s)       at the landmarks
+        A ~ N(0.8, 0.5^2), B ~ N(0, 0.5^2), d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
+        b_p = E[A + d_p] over the posterior of tau, whose evidence has A, B, d integrated out
+        D'(z) ~ sum_p b_p D(z, g) share_p(z) + c_g, c_g such that it is nowhere below 2 % of its mean size
+    Peaks of which expression follows only some, or which repress it, would otherwise bend the delay. Where all act
+    alike, d is small. A gene of one peak, or one that only follows its chromatin upside down, keeps D: a turned course
+    and a delay of half a period look alike.
+    explain: peak_explainer on LOG_TAU; peaks: PeakShares, prior_mean (G,) of log tau
+    """
+    of_genes, n_peaks = peaks.of_genes(len(prior_mean)), len(peaks.gene)
+    courses, weights, variances, done = [], [], [], []
+    for genes in torch.arange(len(prior_mean)).split(32):
+        evidence, centre, spread, part = explain(genes, genes)
+        prior = ((LOG_TAU.to(prior_mean) - prior_mean[genes, None]) / prior_sd).square() / 2
+        tau = torch.softmax(evidence - prior, 1).float()[:, None]               # (g, 1, U)
+        b = tau @ centre                                                        # (g, 1, k)
+        upright = (part * b[:, 0]).sum((0, 2)) > 0
+        several = (of_genes[genes] >= 0).sum(1) > 1
+        done.append(upright & several)
+        course = (part * torch.where(done[-1][:, None], b[:, 0], 1.0)).sum(2)
+        course = course + (0.02 * course.abs().mean(0) - course.amin(0)).clamp_min(0)
+        courses.append(course / course.mean(0))
+        weights.append(b[:, 0])
+        variances.append((tau @ (spread + (centre - b).square()))[:, 0])
+    b, done = torch.cat(weights), torch.cat(done)[:, None]
+    scale = (b.abs() * nn.functional.pad(peaks.share.mean(0), (0, 1))[of_genes]).sum(1, keepdim=True)
+    real, (weight, sd) = of_genes >= 0, b.new_empty(2, n_peaks)
+    weight[of_genes[real]] = torch.where(done, b / scale, 1.0)[real]
+    sd[of_genes[real]] = torch.where(done, torch.cat(variances).sqrt() / scale, 0.0)[real]
+    return read_as(D, torch.cat(courses, 1)), weight, sd
+
+
 def posterior(log_like, prior_mean, prior_sd):
     """Posterior weights on the grid (G, U), posterior mean and sd (G,)."""
     grid = LOG_TAU.to(prior_mean)
@@ -497,6 +552,21 @@ def exposures(states, readout, weights, A, B, depth, mean, block=4096):
 def cell_likelihood(yhat, counts, mean):
     """(N,) multinomial log-likelihood of counts with shares mu yhat / sum_g mu yhat, up to a constant of the counts."""
     return (counts * yhat.log()).sum(1) - counts.sum(1) * (yhat @ mean).log()
+
+
+def log_share(expressed):
+    """What share of a cell's counts a gene has at each landmark, log (J, G), from the expression expected there."""
+    return (expressed / expressed.sum(1, keepdim=True)).clamp_min(1e-30).log()
+
+
+def pairing(given_atac, given_rna):
+    """Standard errors by which RNA fits the states of its own cell's ATAC better than those of another's.
+
+        mean over c of sum_j (P_cj - mean P_j) (l_cj - mean l_j),   P from ATAC alone, l_cj = log p(RNA of c | z_j)
+    Shapes  log-likelihoods of the cells' ATAC and RNA at the landmarks, (N, J) both
+    """
+    P = torch.softmax(given_atac, 1)
+    return z_score(((P - P.mean(0)) * (given_rna - given_rna.mean(0))).sum(1))
 
 
 def still_genes(z, readout, counts, offset, mean, genes=None):
@@ -683,16 +753,11 @@ class _EM:
     def weights(self, flow):
         return kernel_weights(flow.log_tau.exp(), self.times, flow.kernel)
 
-    def log_share(self, yhat):
-        """What share of a cell's counts a gene has at each landmark, log (J, G)."""
-        share = self.mean * yhat
-        return (share / share.sum(1, keepdim=True)).clamp_min(1e-30).log()
-
     def expected(self, flow):
         """Paths (T+1, J, 8) of the landmarks, yhat (J, G), and log_share, 0 where RNA does not take part in placing."""
         states = path(flow.field.eval(), self.readout.landmarks, self.times)
         yhat = predict(states, flow.readout, self.weights(flow), flow.A, flow.B)
-        return states, yhat, self.log_share(yhat) * self.paired
+        return states, yhat, log_share(self.mean * yhat) * self.paired
 
     @torch.no_grad()
     def at_landmarks(self, flow, rows):
@@ -749,14 +814,11 @@ class _EM:
 
     @torch.no_grad()
     def pairing(self):
-        """Standard errors by which RNA fits the states of its own cell's ATAC better than those of another's, v = 0.
-
-            mean over c of sum_j (P_cj - mean P_j) (l_cj - mean l_j),   P from ATAC alone, l_cj = log p(RNA of c | z_j)
-        yhat = 0.8 D + 0.2, as a fit begins: nothing has seen RNA but the genes' means, so that all cells can be asked.
+        """The function of that name for yhat = 0.8 D + 0.2, as a fit begins: v = 0, and nothing has seen RNA but the
+        genes' means, so that all cells can be asked.
         """
-        log_p = self.counts @ self.log_share(0.8 * self.readout(self.readout.landmarks) + 0.2).T
-        P = torch.softmax(self.given_atac, 1)
-        return z_score(((P - P.mean(0)) * (log_p - log_p.mean(0))).sum(1))
+        yhat = 0.8 * self.readout(self.readout.landmarks) + 0.2
+        return pairing(self.given_atac, self.counts @ log_share(self.mean * yhat).T)
 
     def e_step(self, flow, damping=1.0, kernel=None):
         """Delays, A and B given the field. Damped: the field was fitted to the last ones, and follows only in part."""
@@ -776,53 +838,17 @@ class _EM:
 
     @torch.no_grad()
     def weigh(self, flow):
-        """The flow with D', a readout of those peaks of every gene that its expression follows.
-
-            y = B + sum_p (A + d_p) F_p,   F_p = sum_s W_s(tau) D(z_s, g) share_p(z_s)       at the landmarks
-            A ~ N(0.8, 0.5^2), B ~ N(0, 0.5^2), d_p ~ N(0, PEAK_SD^2), y normal with the variance of counts
-            b_p = E[A + d_p] over the posterior of tau, whose evidence has A, B, d integrated out
-            D'(z) ~ sum_p b_p D(z, g) share_p(z) + c_g, c_g such that it is nowhere below 2 % of its mean size
-        Peaks of which expression follows only some, or which repress it, would otherwise bend the delay. Where
-        all act alike, d is small. A gene of one peak, or one that only follows its chromatin upside down, keeps D:
-        a turned course and a delay of half a period look alike.
-        """
-        explain, peaks = self.explainer(flow, self.train), self.peaks.of_genes(len(self.mean))
-        courses, weights, variances, weighed = [], [], [], []
-        for genes in torch.arange(len(self.mean)).split(32):
-            evidence, centre, spread, part = explain(genes, genes)
-            prior = ((LOG_TAU.to(flow.prior) - flow.prior[genes, None]) / self.prior_sd).square() / 2
-            tau = torch.softmax(evidence - prior, 1).float()[:, None]           # (g, 1, U)
-            b = tau @ centre                                                    # (g, 1, k)
-            upright = (part * b[:, 0]).sum((0, 2)) > 0
-            several = (peaks[genes] >= 0).sum(1) > 1
-            weighed.append(upright & several)
-            course = (part * torch.where(weighed[-1][:, None], b[:, 0], 1.0)).sum(2)
-            course = course + (0.02 * course.abs().mean(0) - course.amin(0)).clamp_min(0)
-            courses.append(course / course.mean(0))
-            weights.append(b[:, 0])
-            variances.append((tau @ (spread + (centre - b).square()))[:, 0])
-        b, weighed = torch.cat(weights), torch.cat(weighed)[:, None]
-        scale = (b.abs() * nn.functional.pad(self.peaks.share.mean(0), (0, 1))[peaks]).sum(1, keepdim=True)
-        real, weight, sd = peaks >= 0, torch.empty_like(flow.peak_weight), torch.empty_like(flow.peak_sd)
-        weight[peaks[real]] = torch.where(weighed, b / scale, 1.0)[real]
-        sd[peaks[real]] = torch.where(weighed, torch.cat(variances).sqrt() / scale, 0.0)[real]
-        return replace(flow, readout=read_as(flow.D, torch.cat(courses, 1)), peak_weight=weight, peak_sd=sd)
+        """The flow with D', a readout of those peaks of every gene that its expression follows (weighed)."""
+        readout, weight, sd = weighed(self.explainer(flow, self.train), flow.D, self.peaks, flow.prior, self.prior_sd)
+        return replace(flow, readout=readout, peak_weight=weight, peak_sd=sd)
 
     def explainer(self, flow, rows, grid=LOG_TAU):
-        """A function that explains genes by peaks of others: what weigh_peaks says, and these at t = 0 (J, g, k)."""
-        states, counts, exposure, yhat = self.at_landmarks(flow, rows)
-        now = yhat.clamp_min(0.05)                                              # (J, G)
+        """peak_explainer at the landmarks, of peaks or, without any, of genes as if they had one."""
+        states, *seen, yhat = self.at_landmarks(flow, rows)
         W = kernel_weights(grid.exp(), self.times, flow.kernel).to(self.z.device)
-        D, near = flow.D(states), flow.D.near(states)                           # (T+1, J, G), (T+1, J, J)
-        peaks = self.peaks or PeakShares(torch.arange(len(self.mean), device=D.device), D.new_ones(D.shape[1:]))
-        of_genes, shares = peaks.of_genes(len(self.mean)), nn.functional.pad(peaks.share, (0, 1))
-
-        def explain(genes, whose):
-            share = shares[:, of_genes[whose]]                                  # (J, g, k); of the padding 0
-            part = D[:, :, whose, None] * (near @ share.flatten(1)).unflatten(-1, share.shape[1:])
-            w = self.mean[genes] * exposure[:, None] / now[:, genes]
-            return *weigh_peaks(part, W, w, counts[:, genes] / now[:, genes]), part[0]
-        return explain
+        genes = torch.arange(len(self.mean), device=W.device)
+        peaks = self.peaks or PeakShares(genes, W.new_ones(states.shape[1], len(genes)))
+        return peak_explainer(flow.D, peaks, states, W, *seen, self.mean, yhat)
 
     @torch.no_grad()
     def likelihood_out(self, flow):
@@ -942,22 +968,58 @@ def chromatin_lead(anchor, delay, access, counts, rng, others=9, prior_sd=1.0, d
 
 # --- genes that were not fitted ----------------------------------------------------------------------------------
 
-@torch.no_grad()
-def new_gene_delays(field, kernel, readout, z, access, access_depth, counts, depth, prior_mean, prior_sd=1.0):
-    """The last E-step alone for genes outside training: own log tau, its sd, A and B, (H,) each. v stays as it is.
+@dataclass
+class Placed:
+    """New cells among the landmarks of a fit."""
+    P: torch.Tensor                 # (N, J)
+    access_depth: torch.Tensor      # (N,)
+    exposure: torch.Tensor          # (J,) of RNA
 
-    A cell counts for the landmarks that are near its state (GeneReadout.near); what its ATAC and RNA say beyond that is
-    not asked.
-    Shapes  z (N, 8), access and counts (N, H); access_depth (N,) size factors, depth (N,) size factors over the
-            cell_size that the trained genes give
+
+@torch.no_grad()
+def place(readout, z, access, counts, yhat, yhat_there, mean):
+    """Placed: new cells as an E-step places cells, by their ATAC and RNA of genes that the fit knows.
+
+    What a gene's counts are on average is asked of the new cells, at the states z that AlignMLP gives them: they may be
+    another mixture, or measured otherwise. As in a fit, RNA takes part only if it fits its own cell's ATAC.
+    Shapes  readout: GeneReadout of the G known genes; z (N, 8), access and counts (N, G); yhat (N, G) at z,
+            yhat_there (J, G) at the landmarks, mean (G,) of RNA in training
     """
-    near, states, mean = readout.near(z), path(field, readout.landmarks), counts.mean(0).clamp_min(1e-6)
-    residual = Residual(readout, Seen(near.T @ access, near.T @ access_depth))
-    counts, exposure = near.T @ counts, near.T @ depth
-    like, a, b = grid_likelihood(states, readout, counts, exposure, mean, kernel)
-    share, centre, _ = posterior(like, prior_mean, prior_sd)
-    weights = kernel_weights(centre.exp(), TIMES, kernel)
-    now = predict(states, readout, weights, (share * a).sum(1), (share * b).sum(1))
-    evidence = grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, prior_mean, prior_sd)
-    share, centre, sd = posterior(evidence, prior_mean, prior_sd)
-    return centre, sd, (share * a).sum(1), (share * b).sum(1)
+    nodes, depth = readout.landmarks, access.sum(1).clamp_min(1)
+    depth, total = depth / depth.mean(), counts.sum(1)
+    of_atac = access.sum(0) / (depth @ readout(z)).clamp_min(1e-12)
+    of_rna = counts.sum(0) / ((total / (yhat @ mean)) @ yhat)
+    given_atac = state_likelihood(readout, nodes, access, depth, of_atac.clamp_min(1e-6))
+    log_p = counts @ log_share(of_rna.clamp_min(1e-6) * yhat_there).T
+    P = torch.softmax(given_atac + log_p * (pairing(given_atac, log_p) > LEAST_PAIRING), 1)
+    return Placed(P, depth, total @ P / (yhat_there @ of_rna))
+
+
+@torch.no_grad()
+def new_gene_delays(field, kernel, readout, placed, access, counts, mean, prior_mean, prior_sd=1.0, peaks=None):
+    """Stage 1 and the E-steps for H genes outside training, on new cells: D', own log tau, its sd, A and B, (H,) each.
+
+    v and all that genes share stay as they are. Peaks are weighed once, as in training.
+    Shapes  readout: unseen_genes (H); placed: Placed; access and counts (N, H), mean (H,) of the RNA, prior_mean (H,),
+            peaks: Peaks of the H genes, None = not weighed
+    """
+    P, exposure, nodes = placed.P, placed.exposure, readout.landmarks
+    seen, counts = Seen(P.T @ access, P.T @ placed.access_depth), P.T @ counts
+    D = refine(readout, seen, (access.sum(0) / placed.access_depth.sum()).clamp_min(1e-6), NEW)
+    states, residual = path(field, nodes), Residual(D, seen)
+
+    def e_step(readout, now=None):
+        like, a, b = grid_likelihood(states, readout, counts, exposure, mean, kernel)
+        if now is not None:
+            like = grid_evidence(states, readout, counts, exposure, mean, kernel, now, residual, prior_mean, prior_sd)
+        share, log_tau, sd = posterior(like, prior_mean, prior_sd)
+        A, B = (share * a).sum(1), (share * b).sum(1)
+        return predict(states, readout, kernel_weights(log_tau.exp(), TIMES, kernel), A, B), log_tau, sd, A, B
+    followed, now = D, e_step(D)[0]
+    if peaks is not None:
+        W = kernel_weights(LOG_TAU.exp(), TIMES, kernel)
+        shares = share_out(nodes, torch.from_numpy((peaks.counts.T @ P.numpy()).T), peaks, len(mean))
+        explain = peak_explainer(D, shares, states, W, counts, exposure, mean, now)
+        followed = weighed(explain, D, shares, prior_mean, prior_sd)[0]
+        now = e_step(followed)[0]
+    return followed, *e_step(followed, now)[1:]

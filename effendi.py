@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from align_mlp import AlignMLP
-from chromatin import LATENT, GeneReadout, read_new_genes
-from delay_fit import TIMES, cell_size, head_predict, kernel_weights, new_gene_delays, path, predict
+from chromatin import LATENT, GeneReadout, Peaks, of_genes, unseen_genes
+from delay_fit import TIMES, cell_size, head_predict, kernel_weights, new_gene_delays, path, place, predict
 from vector_field import EffendiVectorField, interpolation_weights
 
 
@@ -217,40 +217,49 @@ class AnchoredEffendi(nn.Module):
         return total * self.mean
 
 
-def add_genes(model, z_atac, access, access_depth, counts, rna_depth, gene_emb, new_emb, rng, min_access=20):
+def add_genes(model, z_atac, known, access, counts, gene_emb, new_emb, peaks=None, min_access=20):
     """An AnchoredEffendi that also reads H new genes, with nothing retrained: v, latent and old genes stay as they are.
 
-    A new gene's readout comes from its own accessibility, all peaks alike, its delay from its own expression by the
-    last E-step of training, with what the embeddings of the trained genes say as prior. One with fewer than min_access
-    accessible counts gets that prior, its mean expression, and no sd.
-
-    Depths are counts over the trained genes, as in training: the size of a cell is relative to these.
-    Shapes  z_atac (N, 256), access and counts (N, H), depths (N,), gene_emb (G, D), new_emb (H, D)
+    Cells are placed by the genes that training knew (place). A new gene's readout comes from its own accessibility, the
+    weights of its peaks and its delay from its own expression by the E-steps of training, with what the embeddings of
+    the trained genes say as prior. One with fewer than min_access accessible counts gets that prior, its mean
+    expression, and no sd.
+    Shapes  z_atac (N, 256); known (K,) numbers of trained genes; access and counts (N, K + H), of these and the new;
+            gene_emb (G, D), new_emb (H, D); peaks: Peaks of the new genes, None = they count as they are open
             -> the model; log tau of the new genes as each of the M members finds it, and its sd, (M, H) both
     """
-    size = {"a": access_depth / access_depth.mean(), "r": rna_depth / rna_depth.mean()}
     prior = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
-    wider, known = copy.deepcopy(model), model.args["n_genes"]
-    log_taus, sds = [], []
+    access, new_access = access[:, :len(known)], access[:, len(known):]
+    counts, new_counts = counts[:, :len(known)], counts[:, len(known):]
+    mean = model.mean[known]                                # in a cell as deep as those of training
+    new_mean = (new_counts.sum(0) / counts.sum().clamp_min(1) * mean.sum()).clamp_min(1e-6)
+    opened = torch.nonzero(new_access.sum(0) >= min_access).flatten()
+    if peaks is not None:
+        peaks = Peaks.of(peaks.counts, peaks.gene, opened.tolist())
+    wider, log_taus, sds = copy.deepcopy(model), [], []
     for member, wide in zip(model.members, wider.members):
-        z = member.align(z_atac)
-        readout = read_new_genes(member.readout, z, access, size["a"], new_emb, rng)
         level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
-        with torch.no_grad():
-            expressed = cell_size(member.y_hat(z, 0.0, model.kernel)[:, :known], model.mean[:known])[:, 0]
-        own, sd, A, B = new_gene_delays(member.field.net, model.kernel, readout, z, access, size["a"], counts,
-                                       size["r"] / expressed, prior + level)
-        closed = access.sum(0) < min_access
-        own, A, B, sd = (torch.where(closed, instead, found) for instead, found in (
-            (prior + level, own), (torch.zeros(()), A), (torch.ones(()), B), (torch.tensor(torch.nan), sd)))
+        z, new = member.align(z_atac), unseen_genes(member.readout, new_emb)
+        log_tau, sd = prior + level, torch.full_like(prior, torch.nan)
+        A, B = torch.zeros_like(prior), torch.ones_like(prior)
+        if len(opened):
+            with torch.no_grad():
+                yhat, there = (member.y_hat(s, 0.0, model.kernel)[:, known] for s in (z, member.readout.landmarks))
+            # D' in place of Stage 1's D, which is not kept: cells are placed as well (LOG.md).
+            placed = place(of_genes(member.readout, known), z, access, counts, yhat, there, mean)
+            found, log_tau[opened], sd[opened], A[opened], B[opened] = new_gene_delays(
+                member.field.net, model.kernel, of_genes(new, opened), placed, new_access[:, opened],
+                new_counts[:, opened], new_mean[opened], log_tau[opened], peaks=peaks)
+            for name, value in found.own().items():
+                getattr(new, name)[opened] = value
         for name in ("e", "delta", "p", "q"):
-            both = torch.cat([getattr(member.readout, name), getattr(readout, name)])
+            both = torch.cat([getattr(member.readout, name), getattr(new, name)])
             setattr(wide.readout, name, both if name == "e" else nn.Parameter(both, requires_grad=False))
         wide.log_tau, wide.A, wide.B = (torch.cat(pair) for pair in
-                                        ((member.log_tau, own), (member.A, A), (member.B, B)))
-        log_taus.append(own - level)
+                                        ((member.log_tau, log_tau), (member.A, A), (member.B, B)))
+        log_taus.append(log_tau - level)
         sds.append(sd)
-    wider.mean = torch.cat([model.mean, counts.mean(0)])
+    wider.mean = torch.cat([model.mean, new_mean])
     head = wider.tau_predictor
     head.log_tau = torch.cat([model.tau_predictor.log_tau, torch.stack(log_taus).mean(0)])
     head.shift = torch.cat([model.tau_predictor.shift, torch.zeros(len(new_emb), head.shift.shape[1])])

@@ -32,6 +32,7 @@ import config
 import effendi_loader as loader
 import embed_cells
 import linear_encoder
+from chromatin import Peaks
 from effendi import AnchoredEffendi, Effendi, add_genes
 
 MODELS = {"specification": Effendi, "anchored": AnchoredEffendi}
@@ -48,7 +49,8 @@ ARGUMENTS = {
 def load_effendi(file):
     """(model in eval mode, everything else in effendi.pt) ; ValueError for a file of another kind."""
     saved = artifacts.read_weights(file)
-    needed = {"objective", "args", "state_dict", "genes", "gene_emb", "atac_encoder", "judged", "meaning"}
+    needed = {"objective", "args", "state_dict", "genes", "gene_emb", "atac_encoder", "judged", "meaning",
+              "gene_window", "peaks_per_gene"}
     if not isinstance(saved, dict) or not needed <= set(saved):
         raise ValueError(f"{file} is a .pt file, but not an effendi.pt of this version: it lacks "
                          f"{', '.join(sorted(needed - set(saved)))}.\n  Give the effendi.pt that train_delay.py wrote.")
@@ -147,9 +149,21 @@ class NewData:
 
     def accessibility(self, genes):
         """Accessibility (N, G) of genes of the RNA file in the paired cells, as in training."""
+        return gather(self.atac, self.peak_weights(genes))[self.rows_atac]
+
+    def peaks(self, genes):
+        """Their peaks in the paired cells, as in training, chromatin.Peaks; None if training weighed none."""
+        most = self.saved["peaks_per_gene"]
+        if most == 0:
+            return None
+        weights = self.peak_weights(genes)
+        totals = sum(np.asarray(block.sum(0)).ravel() for _, block in self.atac.blocks())
+        columns, gene, _ = loader.peaks_of_genes(weights, totals, most)
+        return Peaks(gather(self.atac, columns)[self.rows_atac], gene)
+
+    def peak_weights(self, genes):
         table = self.rna.features.loc[genes]
-        weights = loader.gene_peak_weights(self.atac.features, table, *self.saved["gene_window"])
-        return gather(self.atac, weights)[self.rows_atac]
+        return loader.gene_peak_weights(self.atac.features, table, *self.saved["gene_window"])
 
 
 def new_genes(data):
@@ -197,12 +211,10 @@ def results(model, data, extra, device):
         new_emb = torch.from_numpy(new_emb.astype(np.float32))
         if saved["objective"] == "anchored":
             known = [g for g in saved["genes"] if g in data.rna.features.index]
-            size = [np.asarray(part.sum(1)).ravel().clip(1) for part in (data.accessibility(known), data.counts(known))]
-            access, counts = data.accessibility(extra).toarray(), data.counts(extra).toarray()
-            cells = (data.z_atac, access, size[0], counts, size[1])
-            cells = [torch.as_tensor(array, dtype=torch.float32) for array in cells]
-            model, *found = add_genes(model, *cells, gene_emb, new_emb, torch.Generator().manual_seed(config.SEED),
-                                      config.MIN_ACCESS)
+            cells = (torch.as_tensor(part.toarray(), dtype=torch.float32)
+                     for part in (data.accessibility([*known, *extra]), data.counts([*known, *extra])))
+            model, *found = add_genes(model, torch.as_tensor(data.z_atac), pd.Index(saved["genes"]).get_indexer(known),
+                                      *cells, gene_emb, new_emb, data.peaks(extra), config.MIN_ACCESS)
             bounds = torch.stack(anchored.intervals(*anchored.over_members(*found)), 1).exp().numpy()
         gene_emb = torch.cat([gene_emb, new_emb])
     genes = [*saved["genes"], *extra]

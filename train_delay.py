@@ -470,7 +470,8 @@ def save_results(model, table, out, data, history, facts, genes, gene_emb):
     artifacts.save_model("effendi_final.pt", weights, **facts)
     artifacts.save_model("effendi.pt", dict(
         weights, objective=config.OBJECTIVE, genes=list(genes), gene_emb=torch.from_numpy(gene_emb),
-        judged=judged, meaning=facts["meaning"], gene_window=gene_window(), **encoders()), **facts)
+        judged=judged, meaning=facts["meaning"], gene_window=gene_window(),
+        peaks_per_gene=config.PEAKS_PER_GENE, **encoders()), **facts)
     artifacts.save_table("gene_tau_estimates.csv", table, **facts)
     artifacts.save("effendi.h5ad", lambda f: write_h5ad(f, data, out), rows=len(data["cells"]),
                    ids=artifacts.hash_ids(data["cells"]), **facts)

@@ -99,6 +99,18 @@ def test_new_genes_get_intervals_where_the_gate_is_open_and_they_have_accessibil
     assert np.isfinite(cells.layers["y_hat"]).all()
 
 
+def test_peaks_of_new_genes_are_weighed_if_those_of_training_were(trained, tmp_path):
+    if "specification" in str(trained):
+        pytest.skip("knows no peaks")
+    args = ("--atac", str(trained / "new_atac.h5ad"), "--rna", str(trained / "new_rna.h5ad"), "--new-genes")
+    saved = torch.load(trained / "out" / "effendi.pt", weights_only=True)
+    torch.save(saved | {"peaks_per_gene": 0}, tmp_path / "whole.pt")
+    weighed, whole = (infer(trained, tmp_path / str(k), *args, *more)[0].tau for k, more in enumerate(
+        ((), ("--model", str(tmp_path / "whole.pt")))))
+    assert saved["peaks_per_gene"] == config.PEAKS_PER_GENE and (weighed[:40] == whole[:40]).all()
+    assert (weighed[40:] != whole[40:]).mean() > 0.5
+
+
 @pytest.mark.parametrize("args,message", [
     ([], "no new cells"),
     (["--atac", "A", "--new-genes"], "needs the RNA"),
