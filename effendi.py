@@ -27,7 +27,7 @@ from torch import nn
 
 from align_mlp import AlignMLP
 from chromatin import LATENT, GeneReadout, Peaks, of_genes, unseen_genes
-from delay_fit import TIMES, cell_size, head_predict, kernel_weights, new_gene_delays, path, place, predict
+from delay_fit import TIMES, cell_size, gauge, head_predict, kernel_weights, new_gene_delays, path, place, predict
 from vector_field import EffendiVectorField, interpolation_weights
 
 
@@ -222,44 +222,47 @@ def add_genes(model, z_atac, known, access, counts, gene_emb, new_emb, peaks=Non
 
     Cells are placed by the genes that training knew (place). A new gene's readout comes from its own accessibility, the
     weights of its peaks and its delay from its own expression by the E-steps of training, with what the embeddings of
-    the trained genes say as prior. One with fewer than min_access accessible counts gets that prior, its mean
-    expression, and no sd.
+    the trained genes say as prior. Known genes are estimated beside them as if they were new: in the gauge, their
+    delays are on average what training found. A gene with fewer than min_access accessible counts gets its prior, its
+    mean expression, and no sd.
     Shapes  z_atac (N, 256); known (K,) numbers of trained genes; access and counts (N, K + H), of these and the new;
-            gene_emb (G, D), new_emb (H, D); peaks: Peaks of the new genes, None = they count as they are open
+            gene_emb (G, D), new_emb (H, D); peaks: Peaks of the K + H, None = they count as they are open
             -> the model; log tau of the new genes as each of the M members finds it, and its sd, (M, H) both
     """
-    prior = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
-    access, new_access = access[:, :len(known)], access[:, len(known):]
-    counts, new_counts = counts[:, :len(known)], counts[:, len(known):]
-    mean = model.mean[known]                                # in a cell as deep as those of training
-    new_mean = (new_counts.sum(0) / counts.sum().clamp_min(1) * mean.sum()).clamp_min(1e-6)
-    opened = torch.nonzero(new_access.sum(0) >= min_access).flatten()
+    K, emb = len(known), torch.cat([gene_emb[known], new_emb])
+    guess = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
+    prior, mean = torch.cat([guess.new_zeros(K), guess]), model.mean[known]     # mean in a cell as deep as in training
+    new_mean = (counts.sum(0) / counts[:, :K].sum().clamp_min(1) * mean.sum()).clamp_min(1e-6)
+    opened = torch.nonzero(access.sum(0) >= min_access).flatten()
+    again = opened[opened < K]
+    if not len(again):                                      # nothing to place cells by
+        opened = again
     if peaks is not None:
         peaks = Peaks.of(peaks.counts, peaks.gene, opened.tolist())
     wider, log_taus, sds = copy.deepcopy(model), [], []
     for member, wide in zip(model.members, wider.members):
-        level = (member.log_tau - model.tau_predictor.log_tau).mean()           # the member's own gauge
-        z, new = member.align(z_atac), unseen_genes(member.readout, new_emb)
-        log_tau, sd = prior + level, torch.full_like(prior, torch.nan)
-        A, B = torch.zeros_like(prior), torch.ones_like(prior)
+        level, moved = (member.log_tau - model.tau_predictor.log_tau).mean(), 0.0       # the member's own gauge
+        z, read = member.align(z_atac), unseen_genes(member.readout, emb)
+        log_tau, sd, A, B = prior + level, prior * torch.nan, torch.zeros_like(prior), torch.ones_like(prior)
         if len(opened):
             with torch.no_grad():
                 yhat, there = (member.y_hat(s, 0.0, model.kernel)[:, known] for s in (z, member.readout.landmarks))
             # D' in place of Stage 1's D, which is not kept: cells are placed as well (LOG.md).
-            placed = place(of_genes(member.readout, known), z, access, counts, yhat, there, mean)
+            placed = place(of_genes(member.readout, known), z, access[:, :K], counts[:, :K], yhat, there, mean)
             found, log_tau[opened], sd[opened], A[opened], B[opened] = new_gene_delays(
-                member.field.net, model.kernel, of_genes(new, opened), placed, new_access[:, opened],
-                new_counts[:, opened], new_mean[opened], log_tau[opened], peaks=peaks)
+                member.field.net, model.kernel, of_genes(read, opened), placed, access[:, opened], counts[:, opened],
+                new_mean[opened], log_tau[opened], peaks=peaks)
             for name, value in found.own().items():
-                getattr(new, name)[opened] = value
+                getattr(read, name)[opened] = value
+            moved = gauge(log_tau[again] - member.log_tau[known[again]], sd[again], prior[again] + level)
         for name in ("e", "delta", "p", "q"):
-            both = torch.cat([getattr(member.readout, name), getattr(new, name)])
+            both = torch.cat([getattr(member.readout, name), getattr(read, name)[K:]])
             setattr(wide.readout, name, both if name == "e" else nn.Parameter(both, requires_grad=False))
-        wide.log_tau, wide.A, wide.B = (torch.cat(pair) for pair in
+        wide.log_tau, wide.A, wide.B = (torch.cat([old, new[K:]]) for old, new in
                                         ((member.log_tau, log_tau), (member.A, A), (member.B, B)))
-        log_taus.append(log_tau - level)
-        sds.append(sd)
-    wider.mean = torch.cat([model.mean, new_mean])
+        log_taus.append(torch.where(sd.isnan(), prior, log_tau - level - moved)[K:])
+        sds.append(sd[K:])
+    wider.mean = torch.cat([model.mean, new_mean[K:]])
     head = wider.tau_predictor
     head.log_tau = torch.cat([model.tau_predictor.log_tau, torch.stack(log_taus).mean(0)])
     head.shift = torch.cat([model.tau_predictor.shift, torch.zeros(len(new_emb), head.shift.shape[1])])

@@ -211,10 +211,11 @@ def results(model, data, extra, device):
         new_emb = torch.from_numpy(new_emb.astype(np.float32))
         if saved["objective"] == "anchored":
             known = [g for g in saved["genes"] if g in data.rna.features.index]
-            cells = (torch.as_tensor(part.toarray(), dtype=torch.float32)
-                     for part in (data.accessibility([*known, *extra]), data.counts([*known, *extra])))
-            model, *found = add_genes(model, torch.as_tensor(data.z_atac), pd.Index(saved["genes"]).get_indexer(known),
-                                      *cells, gene_emb, new_emb, data.peaks(extra), config.MIN_ACCESS)
+            both, at = [*known, *extra], pd.Index(saved["genes"]).get_indexer(known)
+            cells = (part.toarray() for part in (data.accessibility(both), data.counts(both)))
+            tensors = (torch.as_tensor(a, dtype=torch.float32) for a in (*cells, gene_emb, new_emb))
+            model, *found = add_genes(model, torch.as_tensor(data.z_atac), torch.as_tensor(at), *tensors,
+                                      data.peaks(both), config.MIN_ACCESS)
             bounds = torch.stack(anchored.intervals(*anchored.over_members(*found)), 1).exp().numpy()
         gene_emb = torch.cat([gene_emb, new_emb])
     genes = [*saved["genes"], *extra]
