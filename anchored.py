@@ -56,6 +56,7 @@ class Result:
     sd: torch.Tensor
     kernel: str
     gain: torch.Tensor              # (N_out,) nats per held-out cell beyond v = 0, all members
+    differ: torch.Tensor            # (N_out,) nats per held-out cell beyond one delay for all genes, all members
     own: torch.Tensor               # (G,) nats of a gene's own chromatin beyond another's
     gene_gain: torch.Tensor         # (G,) nats beyond v = 0
     pairing: float                  # standard errors by which a cell's RNA fits its own ATAC better, mean of members
@@ -133,7 +134,8 @@ def combine(anchors, delays):
     """The members' Result: mean delays, and the spread of the mean."""
     log_tau, sd = over_members(torch.stack([d.log_tau for d in delays]), torch.stack([d.sd for d in delays]))
     return Result(log_tau, sd, delays[0].kernel,
-                  torch.cat([d.held_out - d.still for d in delays]), torch.stack([d.own for d in delays]).mean(0),
+                  torch.cat([d.held_out - d.still for d in delays]), torch.cat([d.held_out - d.alike for d in delays]),
+                  torch.stack([d.own for d in delays]).mean(0),
                   torch.stack([d.gene_gain for d in delays]).mean(0), sum(d.pairing for d in delays) / len(delays),
                   anchors, delays)
 
@@ -196,30 +198,33 @@ class Gate:
     reasons: list                   # why tau means nothing on these data; empty when open
     pairing_z: float
     gain_z: float
+    differ_z: float
     own_z: float
     split_half: float
 
 
 def gate(result, halves):
-    """Whether tau means anything on these data: four tests, all of which have to pass.
+    """Whether tau means anything on these data: five tests, all of which have to pass.
 
-        RNA fits the ATAC of its own cell better than another's; moving beats v = 0 on held-out cells; a gene's own
-        chromatin beats another gene's; the halves agree
+        RNA fits the ATAC of its own cell better than another's; moving beats v = 0 on held-out cells; and so do delays
+        that differ beat one delay for all genes; a gene's own chromatin beats another gene's; the halves agree
     z = mean / standard error: over held-out cells for motion, over genes for own chromatin. Over cells the latter
     would not do: with labels shuffled all cells share the luck of the draw (z above 3 in 8-15 % of shuffles).
     """
-    gain_z, own_z = z_score(result.gain), z_score(result.own)
+    gain_z, differ_z, own_z = (z_score(part) for part in (result.gain, result.differ, result.own))
     reasons = []
     if not result.pairing > LEAST_PAIRING:
         reasons.append("no clear sign that the RNA and ATAC of a barcode come from one cell "
                        f"(z = {result.pairing:.1f}): are the barcodes of both files those of the same cells?")
     if not gain_z > LEAST_Z:
         reasons.append(f"a moving state predicts held-out expression no better than v = 0 (z = {gain_z:.1f})")
+    if not differ_z > LEAST_Z:
+        reasons.append(f"one delay for all genes predicts held-out expression as well (z = {differ_z:.1f})")
     if not own_z > LEAST_Z:
         reasons.append(f"a gene's own chromatin predicts no better than another gene's (z = {own_z:.1f})")
     if not halves.spearman > LEAST_AGREEMENT:
         reasons.append(f"delays from two halves of the cells disagree (Spearman {halves.spearman:.2f})")
-    return Gate(not reasons, reasons, result.pairing, gain_z, own_z, halves.spearman)
+    return Gate(not reasons, reasons, result.pairing, gain_z, differ_z, own_z, halves.spearman)
 
 
 def intervals(log_tau, sd, replicates=None, level=0.9, model_sd=0.14, prior_sd=1.0):

@@ -298,6 +298,8 @@ def choose_peaks(peaks, n_cells, n):
         return mask, f"ATAC_TOP_PEAKS={top}: the most variable"
     often = share >= MIN_OPEN
     at_least = min(config.MIN_PEAKS, int((n_cells > 0).sum()))
+    if at_least == (n_cells > 0).sum():
+        return n_cells > 0, f"automatic: all that are open, no more than MIN_PEAKS={config.MIN_PEAKS:,}"
     if often.sum() >= at_least:
         return often, f"automatic: open in at least {MIN_OPEN:.0%} of the cells"
     limit = np.sort(n_cells)[::-1][at_least - 1]            # peaks tied with the last one stay too

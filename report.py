@@ -22,6 +22,7 @@ INPUTS = ("gene_tau_estimates.csv", "validation.json", "train_vf_curve.csv", "tr
 BLUE, ORANGE, GREY = "#2b6ca3", "#d2691e", "#8a8a8a"
 CURVE_LABELS = {"held_out_nll": "held-out accessibility:\n-log likelihood (nats an entry)",
                 "gain_over_v0": "held-out RNA:\ngain over v = 0 (nats a cell)"}
+KERNELS = {"exp": "exp: first-order lag", "shift": "shift: pure delay", "gamma": "gamma: lag in three steps"}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 10px;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}.pass{color:#1a7f37}.fail{color:#b3261e;font-weight:600}
@@ -56,7 +57,8 @@ def tau_picture(table):
               label=["identifiable", "not identifiable"])
     left.set(xlabel="delay τ_g (ODE time)", ylabel="genes", title=f"{len(table)} genes, {sure.sum()} identifiable")
     left.legend(frameon=False, fontsize=8)
-    right.scatter(table["tau"], table["cell_sd"], s=8, color=BLUE, alpha=0.6, linewidths=0)
+    for some, colour in ((~sure, GREY), (sure, BLUE)):
+        right.scatter(table["tau"][some], table["cell_sd"][some], s=8, color=colour, alpha=0.6, linewidths=0)
     right.set(xlabel="delay τ_g (ODE time)", ylabel="sd of τ over cells (ODE time)",
               title="between genes and between cells")
     return png(figure)
@@ -164,19 +166,32 @@ def table_html(table, n=12):
     return shown.to_html(float_format=lambda v: f"{v:.3f}", border=0, na_rep="")
 
 
-def page(table, checks, pictures, facts):
+def page(table, checks, pictures, facts, closed=False):
+    """The report. closed: the gate is, so that no table of delays is shown."""
     counts = pd.Series([c["verdict"].split(":")[0] for c in checks]).value_counts()
     meaning = facts.pop("meaning")
+    about = ("τ is in ODE time, not hours; the shortest and the longest of the identifiable genes are shown (of all "
+             "genes where none is identifiable), all are in gene_tau_estimates.csv.")
+    if closed:
+        about = ("The gate is closed: any data give pictures like these, and values of τ. Nothing can be read from "
+                 "them about these genes.")
     return f"""<!doctype html><html lang=en><meta charset=utf-8><title>Effendi report</title><style>{STYLE}</style>
 <h1>Effendi report</h1>
 <p class=verdict>{html.escape(meaning)}</p>
 <table>{''.join(f'<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>' for k, v in facts.items())}</table>
-<h2>Delays</h2><p>τ is in ODE time, not hours; the shortest and the longest of the identifiable genes are shown (of all
-genes where none is identifiable), all are in gene_tau_estimates.csv.</p>
+<h2>Delays</h2><p{' class=verdict' if closed else ''}>{about}</p>
 {''.join(image(data, text) for text, data in pictures.items())}
-{table_html(table)}
+{'' if closed else table_html(table)}
 <h2>Checks</h2><p>{', '.join(f'{n} {v}' for v, n in counts.items())}. A check that did not run is not a pass.</p>
 {checks_html(checks)}</html>"""
+
+
+def kernel_fact(training):
+    """The kernel of delays, and who chose it; the specification has none."""
+    if "kernel" not in training["metrics"]:
+        return {}
+    how = "chosen by held-out cells" if training["config"]["KERNEL"] is None else "as set"
+    return {"kernel": f"{KERNELS[training['metrics']['kernel']]}, {how}"}
 
 
 def run():
@@ -209,10 +224,13 @@ def run():
     facts = {"meaning": training["meaning"], "cells": cells.n_obs, "genes": len(table),
              "RNA embedding": artifacts.record("effendi_rna_emb.npy")["encoder"],
              "ATAC embedding": artifacts.record("effendi_atac_emb.npy")["encoder"],
-             "objective": training["config"]["OBJECTIVE"], "seed": config.SEED,
+             "objective": training["config"]["OBJECTIVE"],
+             **kernel_fact(training),
+             "seed": config.SEED,
              "training": f"{training['seconds']:.0f} s",
              "versions": f"Python {training['python']}, torch {training['torch']}"}
-    artifacts.save_text("report.html", page(table, checks, pictures, facts), stage="report", key=key,
+    closed = not training["metrics"].get("gate_open", True)
+    artifacts.save_text("report.html", page(table, checks, pictures, facts, closed), stage="report", key=key,
                         seconds=round(time.time() - start, 1))
     print(f"report: {len(pictures)} pictures, {len(checks)} checks -> {config.OUT_DIR}/report.html")
 

@@ -47,6 +47,7 @@ ANCHORED_OUTPUTS = (*OUTPUTS, "gene_peak_weights.csv")
 ANCHORED_SETTINGS = ("OBJECTIVE", "DIM", "VF_HIDDEN", "KERNEL", "MEMBERS", "EM_EPOCHS", "CELL_GROUPS", "BOOTSTRAP",
                      "RNA_ONLY_CELLS", "HELD_OUT", "MIN_PAIRED_CELLS", "PEAKS_PER_GENE", "N_STEPS")
 RESUME = "train_delay.resume.pt"
+FEW_GENES = 0.05                            # share of identifiable genes below which a run is called so
 MEANINGLESS = ("OBJECTIVE is 'specification': its losses do not determine tau (permuting tau over the genes leaves "
                "them unchanged), so that these delays mean nothing about the genes.")
 
@@ -394,8 +395,8 @@ def run_anchored():
     out = inference.predict(model, data["x"], data["emb"], device, config.BATCH_SIZE)
     table = anchored_table(result, low, high, ok, why, out["tau"], data)
     metrics = dict(kernel=result.kernel, gate_open=gate.open, pairing_z=gate.pairing_z, gain_z=gate.gain_z,
-                   own_z=gate.own_z, split_half=gate.split_half, held_out_cells=len(result.gain),
-                   modulation_reliability=reliability, identifiable=int(ok.sum()))
+                   differ_z=gate.differ_z, own_z=gate.own_z, split_half=gate.split_half,
+                   held_out_cells=len(result.gain), modulation_reliability=reliability, identifiable=int(ok.sum()))
     history = [dict(member=m + 1, epoch=epoch, gain_over_v0=gain) for m, d in enumerate(result.delays)
                for epoch, gain in d.history]
     seconds = time.time() - start
@@ -414,9 +415,12 @@ def meaning(gate, ok, data):
     """One sentence on what the delays of this run are worth."""
     if not gate.open:
         return "tau means NOTHING on these data: " + "; ".join(gate.reasons) + "."
-    return (f"tau is meaningful on these data: {int(ok.sum())} of {len(data['genes'])} genes are identifiable, halves "
-            f"of the cells agree at Spearman {gate.split_half:.2f}, moving beats v = 0 by {gate.gain_z:.0f} standard "
-            "errors. tau is relative: only ratios of delays are determined.")
+    n = len(data["genes"])
+    where = "on these data" if ok.sum() >= FEW_GENES * n else "for hardly a gene of these data"
+    return (f"tau is meaningful {where}: {int(ok.sum())} of {n} genes are identifiable, halves of the cells agree at "
+            f"Spearman {gate.split_half:.2f}, moving beats v = 0 by {gate.gain_z:.0f} standard errors and delays that "
+            f"differ beat one for all genes by {gate.differ_z:.0f}. tau is relative: only ratios of delays are "
+            "determined.")
 
 
 # --- results --------------------------------------------------------------------------------------------------
@@ -432,13 +436,15 @@ def tau_table(tau, data):
     return table.sort_values("tau")
 
 
-def write_h5ad(file, data, out):
-    """The paired cells for scanpy: X counts, obsm z_atac, z_A, z_R, phi_tau_z_A, layers tau, y_hat.
+def write_h5ad(file, data, out, table, meaning):
+    """The paired cells for scanpy: X counts, obsm z_atac, z_A, z_R, phi_tau_z_A, layers tau, y_hat; var holds
+    gene_tau_estimates.csv, uns["effendi"] what the run as a whole is worth.
 
     obs checked: the rows of validate.py's reconstruction, which no gradient saw under OBJECTIVE specification.
     """
     import anndata
-    cells = anndata.AnnData(data["counts"], obs=data["obs"].copy(), var=data["genes"].copy())
+    genes = data["genes"].join(table[["tau", "tau_low", "tau_high", "identifiable", "reason"]])
+    cells = anndata.AnnData(data["counts"], obs=data["obs"].copy(), var=genes, uns={"effendi": {"meaning": meaning}})
     cells.obs["checked"] = np.isin(np.arange(cells.n_obs), data["held_out"])
     cells.obsm.update(z_atac=data["z_atac"], z_A=out["z_A"], z_R=data["z_R"], phi_tau_z_A=out["z_integrated"])
     cells.layers.update(tau=out["tau"], y_hat=out["y_hat"])
@@ -473,7 +479,7 @@ def save_results(model, table, out, data, history, facts, genes, gene_emb):
         judged=judged, meaning=facts["meaning"], gene_window=gene_window(),
         peaks_per_gene=config.PEAKS_PER_GENE, **encoders()), **facts)
     artifacts.save_table("gene_tau_estimates.csv", table, **facts)
-    artifacts.save("effendi.h5ad", lambda f: write_h5ad(f, data, out), rows=len(data["cells"]),
+    artifacts.save("effendi.h5ad", lambda f: write_h5ad(f, data, out, table, facts["meaning"]), rows=len(data["cells"]),
                    ids=artifacts.hash_ids(data["cells"]), **facts)
     curve = pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="row"))
     artifacts.save_table("train_delay_curve.csv", curve, **facts)

@@ -135,7 +135,7 @@ def gate_checks(training):
     found = training["metrics"]
     if "gate_open" not in found:
         return []
-    if "pairing_z" not in found:
+    if not {"pairing_z", "differ_z"} <= set(found):
         raise ValueError(f"{artifacts.path('gene_tau_estimates.csv')} was made by an earlier version, without one of "
                          "the gate's tests.\n  Make it again: python train_delay.py")
     n, genes, least = training["cells"], training["genes"], f"> {LEAST_Z:.0f} standard errors"
@@ -143,6 +143,8 @@ def gate_checks(training):
         check("1", "gate: RNA fits its own cell's ATAC", found["pairing_z"], f"> {LEAST_PAIRING:.0f} standard errors",
               found["pairing_z"] > LEAST_PAIRING, n, "before any fit to RNA"),
         check("1", "gate: moving beats v = 0", found["gain_z"], least, found["gain_z"] > LEAST_Z,
+              found.get("held_out_cells"), "RNA of held-out cells"),
+        check("1", "gate: delays that differ beat one for all", found["differ_z"], least, found["differ_z"] > LEAST_Z,
               found.get("held_out_cells"), "RNA of held-out cells"),
         check("1", "gate: own chromatin beats another's", found["own_z"], least, found["own_z"] > LEAST_Z, genes,
               "all cells, v = 0"),

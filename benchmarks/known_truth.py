@@ -196,8 +196,8 @@ def fitted(data, processes, quick=False, pairs=None, genes=None):
     gate = anchored.gate(result, halves)
     ok, _ = anchored.identifiable(result, cells["access"], cells["counts"], halves)
     return dict(log_tau=result.log_tau, sd=result.sd, ok=ok, kernel_found=result.kernel, gate_open=gate.open,
-                pairing_z=gate.pairing_z, gain_z=gate.gain_z, own_z=gate.own_z, split_half=gate.split_half,
-                seconds=seconds, cpu_seconds=cpu)
+                pairing_z=gate.pairing_z, gain_z=gate.gain_z, differ_z=gate.differ_z, own_z=gate.own_z,
+                split_half=gate.split_half, seconds=seconds, cpu_seconds=cpu)
 
 
 def default(data, args):

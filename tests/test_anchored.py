@@ -503,13 +503,16 @@ def test_delays_of_the_evidence_beat_those_of_the_likelihood_where_chromatin_is_
 
 # --- both stages -----------------------------------------------------------------------------------------------------
 
-def population(cells=700, genes=60, seed=0, with_time=False, longest=2.5):
-    """One process of length 6: switches at random times, first-order lags up to `longest`, Poisson counts."""
+def population(cells=700, genes=60, seed=0, with_time=False, longest=2.5, shortest=0.06):
+    """One process of length 6: switches at random times, first-order lags up to `longest`, Poisson counts.
+
+    shortest: relative to the longest.
+    """
     rng = np.random.default_rng(seed)
     grid = np.linspace(0, 6, 601)
     when, sign = rng.uniform(0.5, 5, genes), rng.choice([-1, 1], genes)
     a = 0.15 + 1 / (1 + np.exp(-sign * (grid[:, None] - when) / 0.25))         # (t, G)
-    log_tau = rng.uniform(np.log(0.06 * longest), np.log(longest), genes)
+    log_tau = rng.uniform(np.log(shortest * longest), np.log(longest), genes)
     y, keep = a.copy(), np.exp(-0.01 / np.exp(log_tau))
     for i in range(1, len(grid)):
         y[i] = keep * y[i - 1] + (1 - keep) * a[i]
@@ -622,11 +625,21 @@ def test_the_gate_opens_on_real_pairs_and_closes_on_shuffled_ones(data, result):
     x, access, counts, emb, _ = data
     halves = anchored.split_half(x, access, counts, emb, generator(1), "exp")
     verdict = anchored.gate(result, halves)
-    assert verdict.open and verdict.pairing_z > 8           # 13 here
+    assert verdict.open and verdict.pairing_z > 8           # 42 here
     wrong = counts[np.random.default_rng(5).permutation(len(counts))]
     shuffled = anchored.fit(x, access, wrong, emb, generator(), kernel="exp", members=1)
     verdict = anchored.gate(shuffled, anchored.split_half(x, access, wrong, emb, generator(1), "exp"))
     assert not verdict.open and "barcodes" in verdict.reasons[0] and abs(verdict.pairing_z) < 3
+
+
+@pytest.mark.parametrize("lag", [0.01, 1.0])
+def test_the_gate_closes_where_all_genes_have_the_same_delay(lag):
+    """Moving beats v = 0 there, by 3.4 and 10.4 standard errors, but no ratio of delays is planted."""
+    x, access, counts, emb, _ = population(longest=lag, shortest=1.0)
+    found = anchored.fit(x, access, counts, emb, generator(), kernel="exp", members=1)
+    verdict = anchored.gate(found, SimpleNamespace(spearman=0.9))
+    assert not verdict.open and verdict.gain_z > 3 and verdict.differ_z < 2     # -1.6 and -1.1
+    assert ["one delay for all genes" in reason for reason in verdict.reasons] == [True]
 
 
 def test_rna_of_other_cells_takes_no_part_in_placing_cells(data, result):

@@ -280,8 +280,21 @@ def test_weights_equal_those_of_a_double_loop(window):
             gap = max(0, low - one.end, one.start - high)
             if one.chrom == gene.chrom and gap <= window and np.exp(-gap / 5_000) >= loader.MIN_WEIGHT:
                 want[p, g] = np.exp(-gap / 5_000)
+    assert ((want > 0).sum(1) > 1).any()
+    want[want < want.max(1, keepdims=True)] = 0                         # a peak is that of the nearest gene
     got = gene_peak_weights(peaks, genes, window, 5_000.0).toarray()
     np.testing.assert_allclose(got, want, rtol=1e-6)                    # stored as float32
+
+
+def test_a_peak_counts_for_the_nearest_gene_and_for_all_that_are_as_near():
+    genes = pd.concat([place("chr1", 50_000, 60_000, "+"), place("chr1", 100_000, 110_000, "+"),
+                       place("chr1", 105_000, 120_000, "-")])
+    peaks = parse_peaks(["chr1:65000-65500", "chr1:92000-92500", "chr1:106000-106500", "chr1:79000-79000"])
+    got = gene_peak_weights(peaks, genes, 100_000, 50_000.0).toarray()
+    # Their regions are 48-60, 98-110 and 105-122 kb: the last peak lies 19 kb from the first two.
+    assert (got > 0).tolist() == [[True, False, False], [False, True, False], [False, True, True], [True, True, False]]
+    alone = gene_peak_weights(peaks, genes[:1], 100_000, 50_000.0).toarray()[:, 0]
+    np.testing.assert_array_equal(alone[[0, 3]], got[[0, 3], 0])        # and for as much as without neighbours
 
 
 def test_the_strongest_peaks_of_a_gene_stand_alone_and_all_add_up():

@@ -115,6 +115,9 @@ def test_every_artifact_of_the_specification_is_written_with_its_record(finished
     cells = anndata.read_h5ad(folder / "effendi.h5ad")
     assert cells.obsm["z_A"].shape == cells.obsm["z_R"].shape == cells.obsm["phi_tau_z_A"].shape == (240, 512)
     assert cells.layers["tau"].shape == cells.layers["y_hat"].shape == (240, len(table))
+    np.testing.assert_allclose(cells.var["tau"], table["tau"][cells.var_names], rtol=1e-6)      # float32 in one of them
+    assert {"tau_low", "tau_high", "identifiable", "reason"} <= set(cells.var)
+    assert cells.uns["effendi"]["meaning"] == artifacts.record("gene_tau_estimates.csv")["meaning"]
     assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.resume.pt"))
 
 
@@ -122,6 +125,16 @@ def test_every_check_has_a_verdict_and_what_did_not_run_did_not_pass(finished, o
     for c in json.loads((finished(objective) / "validation.json").read_text()):
         assert c["verdict"] in ("pass", "fail", "report") or c["verdict"].startswith("not run: ")
         assert (c["value"] is None) == c["verdict"].startswith("not run")
+
+
+def test_the_report_names_the_kernel_and_shows_no_table_where_the_gate_is_closed(finished, objective):
+    folder = finished(objective)
+    config.OUT_DIR = str(folder)
+    page, training = (folder / "report.html").read_text(), artifacts.record("gene_tau_estimates.csv")
+    anchored = "gate_open" in training["metrics"]
+    assert ("chosen by held-out cells" in page or ", as set" in page) == anchored
+    closed = anchored and not training["metrics"]["gate_open"]
+    assert ("<th>tau</th>" not in page) == closed and ("The gate is closed" in page) == closed
 
 
 def test_a_second_run_skips_every_stage_and_changes_no_file(finished, objective, capsys):

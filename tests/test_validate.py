@@ -68,11 +68,11 @@ def test_coverage_beyond_the_band_fails_only_where_it_is_more_than_the_luck_of_t
         assert validate.truth_checks(table, planted, None)[-1]["verdict"] == verdict
 
 
-def test_a_gate_without_the_test_of_pairing_is_an_earlier_version_s():
-    tests = dict(gate_open=True, gain_z=9.0, own_z=9.0, split_half=0.8)
+def test_a_gate_that_lacks_a_test_is_an_earlier_version_s():
+    tests = dict(gate_open=True, gain_z=9.0, own_z=9.0, split_half=0.8, differ_z=2.9)
     new = dict(metrics={**tests, "pairing_z": 2.0}, cells=3, genes=2)
     found = [row["verdict"] for row in validate.gate_checks(new)]
-    assert found == ["fail", "pass", "pass", "pass"]
+    assert found == ["fail", "pass", "fail", "pass", "pass"]
     with pytest.raises(ValueError, match="train_delay.py"):
         validate.gate_checks(dict(metrics=tests, cells=3, genes=2))
 
