@@ -86,6 +86,7 @@ class Options:
     # the genome
     peaks: int | None = _opt(None, "peaks in all (default: those of the genes + one background peak a gene)")
     spacing: int | None = _opt(None, "bp from gene to gene (default 250000; 21000 with sequences)")
+    far: float = _opt(0.0, "share of enhancers that lie among those of a neighbouring gene, beside it")
     sequences: bool = _opt(False, "write genome.fa, with motifs shared by peaks of like programs")
     splicing: bool = _opt(False, "layers spliced (= X) and unspliced")
     # unkind data
@@ -123,7 +124,7 @@ class Options:
 
     def _check(self):
         last = max(self.collection_times, default=0) / self.hours_per_unit if self.hours_per_unit > 0 else 0
-        shares = ("flat", "specific", "late", "repressive", "unlinked", "ambient", "doublets")
+        shares = ("flat", "specific", "far", "late", "repressive", "unlinked", "ambient", "doublets")
         spreads = ("lineage_delay", "late_by", "burn_in", "batch_effect", "noise", "uneven", "asynchrony", "size_sd")
         for good, problem in (
             (self.kernel in KERNELS, f"kernel={self.kernel!r}; give one of {', '.join(KERNELS)}"),
@@ -446,9 +447,9 @@ def tss_slot(o):
 def lay_out_peaks(o):
     """Peaks in genomic order: chrom, start, end, gene (-1 background), role, program, weight, effect, late, repressive.
 
-    Each gene has a promoter and 2 to 4 enhancers within 0.32 spacing (80 kb) of its TSS; background peaks lie
-    further out, between the genes. weight: a peak's share in the accessibility of its gene, effect: its share
-    in the drive; the two differ only with several programs.
+    Each gene has a promoter and 2 to 4 enhancers within 0.32 spacing (80 kb) of its TSS, or of its neighbour's (far);
+    background peaks lie further out, between the genes. weight: a peak's share in the accessibility of its gene,
+    effect: its share in the drive; the two differ only with several programs.
     """
     G, rng = o.genes, o.rng("peaks")
     slots, tss = o.spacing // SLOT, tss_slot(o)
@@ -473,8 +474,22 @@ def lay_out_peaks(o):
         "weight": share, "effect": effect, "late": ~promoter & (o.rng("late").random(len(gene)) < o.late),
         "repressive": ~promoter & (o.rng("repressive").random(len(gene)) < o.repressive)})
     table["block"] = table.gene
+    move_far(o, table, np.flatnonzero(near))
     table = pd.concat([table, background_peaks(o, len(gene), np.abs(offset) > reach)], ignore_index=True)
     return _place(o, table)
+
+
+def move_far(o, table, slots):
+    """Give a share `far` of the enhancers a free slot of the gene before or after theirs on the chromosome, if any."""
+    rng, per = o.rng("far"), chromosomes(o)
+    chrom = np.repeat(np.arange(len(per)), per)
+    taken = set(zip(table.block, table.slot))
+    for row in np.flatnonzero((table.role == "enhancer") & (rng.random(len(table)) < o.far)):
+        block = table.gene[row] + rng.choice([-1, 1])
+        free = [slot for slot in slots if (block, slot) not in taken]
+        if 0 <= block < o.genes and chrom[block] == chrom[table.gene[row]] and free:
+            table.loc[row, ["block", "slot"]] = block, rng.choice(free)
+            taken.add((block, table.slot[row]))
 
 
 def background_peaks(o, linked, free):

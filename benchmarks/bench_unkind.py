@@ -45,6 +45,8 @@ ROWS = {
     "noise": dict(noise=0.5),
     "uneven": dict(uneven=1.0),
     "lineages": dict(lineages=10),
+    "dense": dict(spacing=25_000),
+    "far": dict(spacing=25_000, far=0.3),
     "sparse": dict(genes=2000, peaks=20_000, atac_total=2000, rna_total=1500),
     "modulation": dict(lineage_delay=0.6),
 }

@@ -212,6 +212,17 @@ def test_peaks_lie_near_their_gene_and_background_far_from_every_gene(kind):
     np.testing.assert_allclose(peaks[at].groupby("gene").weight.sum(), 1)
 
 
+def test_far_enhancers_lie_beside_the_neighbouring_gene_and_keep_their_own():
+    sim = simulate.simulate(20, 200, seed=1, spacing=25_000, far=0.3)
+    genes, peaks = sim.rna.var, sim.peaks
+    enhancers = peaks[peaks.role == "enhancer"]
+    tss = np.where(genes.strand == "+", genes.start, genes.end)
+    own = genes.index.get_indexer(enhancers.gene)
+    away = np.abs((enhancers.start + enhancers.end) / 2 - tss[own]) > 0.4 * 25_000
+    assert 0.2 < away.mean() < 0.35 and peaks.index.is_unique           # the outermost genes have one neighbour
+    assert (enhancers.chrom.to_numpy() == genes.chrom.to_numpy()[own]).all()
+
+
 def test_peaks_of_like_programs_share_motifs_and_the_fasta_holds_the_genome(tmp_path):
     sim = simulate.simulate(**SMALL | {"cells": 20}, sequences=True)
     simulate.write(sim, tmp_path)
