@@ -51,7 +51,7 @@ MIN_GENE_CELLS: int = 10                # a gene seen in fewer cells is left out
 # 0 = all; N = the N most variable
 ATAC_TOP_PEAKS: int | None = None
 MIN_PEAKS: int = 2000                   # never let the automatic filter keep fewer than this
-GENE_WINDOW: int = 100_000              # bp beyond the gene body whose peaks count for the gene
+GENE_WINDOW: int = 100_000              # bp beyond the gene body whose peaks count for the gene, if it is the nearest
 # bp over which a distal peak's weight falls by e; 2 to 100 kb were compared by how well change in accessibility
 # follows change in expression on a real time course (Spearman 0.63 at 2 kb, 0.647 at 5, 0.655 at 50, 0.64 at 100)
 GENE_DECAY: float = 50_000.0
