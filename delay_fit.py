@@ -319,7 +319,7 @@ def learned_mixture(each, prior_mean, prior_sd, rounds=300):
 
 
 def weigh_peaks(part, W, w, wy):
-    """Log evidence (g, U), mean and variance (g, U, k) of A + d_p of genes at every tau of a grid: _EM.weigh's model.
+    """Log evidence (g, U), mean and variance (g, U, k) of A + d_p of genes at every tau of a grid: weighed's model.
 
     Shapes  part (T+1, J, g, k) peaks along the paths, W (U, T+1), w and wy (J, g) precision of y and that times y
     """
@@ -602,7 +602,7 @@ class DelayFit:
     peak_weight: torch.Tensor       # (C,) what every peak counts for; sum of |weight| share over a gene = 1
     peak_sd: torch.Tensor           # (C,) its posterior standard deviation, 0 where a gene's peaks were not weighed
     pairing: float                  # standard errors by which a cell's RNA fits its own ATAC better than another's
-    alike: torch.Tensor | None = None       # (N_out,) log-likelihood with one delay for all genes (_EM.one_delay)
+    differ: torch.Tensor | None = None      # (N_out,) log-likelihood beyond one delay for all genes (_EM.differ)
 
     def followed(self, readout):
         """The readout D' that expression follows, from the anchor's D."""
@@ -634,7 +634,8 @@ def moved(anchor, delay, counts, times=TIMES):
 
 
 def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every=3, batch=256, lr=1e-2,
-              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, rna_only=None, field=None, device="cpu"):
+              kinetic=0.012, held_out=0.1, prior_sd=1.0, times=TIMES, rna_only=None, field=None, device="cpu",
+              judge=True):
     """Stage 2. kernel None = "exp", unless held-out cells are more likely under another by two standard errors.
 
     First-order lags are what mRNA decay gives; a difference within the noise says nothing about the kernel, and
@@ -643,7 +644,8 @@ def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every
     compared with; so one that wins only earns a fit of its own, which has to win too.
     Shapes  anchor: on the N cells; access and counts (N, G); rna_only (M, G): counts of cells without ATAC, which
             join the E-steps; field: a function that is given the _EM and returns the field to start from;
-            device: where it is computed, in float32 and float64; the DelayFit lies on the CPU
+            device: where it is computed, in float32 and float64; the DelayFit lies on the CPU; judge: whether
+            DelayFit.differ is wanted
     """
     least = warm if anchor.peaks is None else warm + every
     if epochs < least:
@@ -663,7 +665,8 @@ def fit_delay(anchor, access, counts, rng, kernel=None, epochs=20, warm=6, every
         other = em.run(em.begin(name, first), rng, *TRIAL)
         if z_score(other.held_out - first.held_out) > 2:
             best = max(best, fitted(name), key=lambda flow: flow.held_out.mean())
-    return on("cpu", replace(em.describe(best, rng), alike=em.one_delay(best, rng)))
+    found = em.describe(best, rng)
+    return on("cpu", replace(found, differ=em.differ(best, rng)) if judge else found)
 
 
 def z_score(gain):
@@ -893,15 +896,18 @@ class _EM:
         best.field.eval().requires_grad_(False)
         return replace(best, history=history)
 
-    def one_delay(self, flow, rng):
-        """Log-likelihood of held-out cells (N_out,) if all genes have the same delay; trained on from the flow (TRIAL).
+    def differ(self, flow, rng):
+        """Log-likelihood of held-out cells (N_out,) beyond that of one delay for all genes; both trained on (TRIAL).
 
         A flow may gain on v = 0 by moving cells to where a readout that is a little off suits their RNA better. Only
-        ratios of delays mean anything, and there are none here. It has trained longer than what it is compared with.
+        ratios of delays mean anything, and with one delay there are none.
         """
-        em = replace(self, prior_sd=1e-3)                   # holds all genes at the gauge's 0
         alike = replace(flow, log_tau=torch.zeros_like(flow.log_tau), prior=torch.zeros_like(flow.prior))
-        return em.run(em.begin(flow.kernel, alike), rng, *TRIAL).held_out
+        start, held_out = rng.get_state(), []
+        for em, after in ((self, flow), (replace(self, prior_sd=1e-3), alike)):     # holds all genes at the gauge's 0
+            rng.set_state(start)
+            held_out.append(em.run(em.begin(flow.kernel, after), rng, *TRIAL).held_out)
+        return held_out[0] - held_out[1]
 
     @torch.no_grad()
     def last_e_step(self, flow):
@@ -991,17 +997,18 @@ class Placed:
 def place(readout, z, access, counts, yhat, yhat_there, mean):
     """Placed: new cells as an E-step places cells, by their ATAC and RNA of genes that the fit knows.
 
-    What a gene's counts are on average is asked of the new cells, at the states z that AlignMLP gives them: they may be
-    another mixture, or measured otherwise. As in a fit, RNA takes part only if it fits its own cell's ATAC.
+    ATAC is read by D' (readout), since the D of an E-step is not kept: cells are placed as well (LOG.md). What a gene's
+    counts are on average is asked of the new cells, at the states z that AlignMLP gives them: they may be another
+    mixture, or measured otherwise. As in a fit, RNA takes part only if it fits its own cell's ATAC.
     Shapes  readout: GeneReadout of the G known genes; z (N, 8), access and counts (N, G); yhat (N, G) at z,
             yhat_there (J, G) at the landmarks, mean (G,) of RNA in training
     """
     nodes, depth = readout.landmarks, access.sum(1).clamp_min(1)
     depth, total = depth / depth.mean(), counts.sum(1)
     of_atac = access.sum(0) / (depth @ readout(z)).clamp_min(1e-12)
-    of_rna = counts.sum(0) / ((total / (yhat @ mean)) @ yhat)
+    of_rna = (counts.sum(0) / ((total / (yhat @ mean)) @ yhat)).clamp_min(1e-6)
     given_atac = state_likelihood(readout, nodes, access, depth, of_atac.clamp_min(1e-6))
-    log_p = counts @ log_share(of_rna.clamp_min(1e-6) * yhat_there).T
+    log_p = counts @ log_share(of_rna * yhat_there).T
     P = torch.softmax(given_atac + log_p * (pairing(given_atac, log_p) > LEAST_PAIRING), 1)
     return Placed(P, depth, total @ P / (yhat_there @ of_rna))
 

@@ -222,9 +222,10 @@ def add_genes(model, z_atac, known, access, counts, gene_emb, new_emb, peaks=Non
 
     Cells are placed by the genes that training knew (place). A new gene's readout comes from its own accessibility, the
     weights of its peaks and its delay from its own expression by the E-steps of training, with what the embeddings of
-    the trained genes say as prior. Known genes are estimated beside them as if they were new: in the gauge, their
-    delays are on average what training found. A gene with fewer than min_access accessible counts gets its prior, its
-    mean expression, and no sd.
+    the trained genes say as prior. Known genes are estimated beside them, like new ones whose embedding says nothing:
+    in the gauge, their delays are on average what training found; the error of that mean is not in the sd. A gene with
+    fewer than min_access accessible counts, and every gene where no known one has both ATAC and RNA to place cells by,
+    gets its prior, its mean expression, and no sd.
     Shapes  z_atac (N, 256); known (K,) numbers of trained genes; access and counts (N, K + H), of these and the new;
             gene_emb (G, D), new_emb (H, D); peaks: Peaks of the K + H, None = they count as they are open
             -> the model; log tau of the new genes as each of the M members finds it, and its sd, (M, H) both
@@ -233,10 +234,10 @@ def add_genes(model, z_atac, known, access, counts, gene_emb, new_emb, peaks=Non
     guess = head_predict(gene_emb, model.tau_predictor.log_tau, torch.full_like(model.mean, 0.5), new_emb)
     prior, mean = torch.cat([guess.new_zeros(K), guess]), model.mean[known]     # mean in a cell as deep as in training
     new_mean = (counts.sum(0) / counts[:, :K].sum().clamp_min(1) * mean.sum()).clamp_min(1e-6)
-    opened = torch.nonzero(access.sum(0) >= min_access).flatten()
+    opened = torch.nonzero(access.sum(0) >= max(min_access, 1)).flatten()
     again = opened[opened < K]
-    if not len(again):                                      # nothing to place cells by
-        opened = again
+    if counts[:, again].sum() == 0:                         # nothing to place cells by
+        opened = opened[:0]
     if peaks is not None:
         peaks = Peaks.of(peaks.counts, peaks.gene, opened.tolist())
     wider, log_taus, sds = copy.deepcopy(model), [], []
@@ -247,7 +248,6 @@ def add_genes(model, z_atac, known, access, counts, gene_emb, new_emb, peaks=Non
         if len(opened):
             with torch.no_grad():
                 yhat, there = (member.y_hat(s, 0.0, model.kernel)[:, known] for s in (z, member.readout.landmarks))
-            # D' in place of Stage 1's D, which is not kept: cells are placed as well (LOG.md).
             placed = place(of_genes(member.readout, known), z, access[:, :K], counts[:, :K], yhat, there, mean)
             found, log_tau[opened], sd[opened], A[opened], B[opened] = new_gene_delays(
                 member.field.net, model.kernel, of_genes(read, opened), placed, access[:, opened], counts[:, opened],

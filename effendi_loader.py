@@ -728,7 +728,7 @@ def gene_peak_weights(peaks, genes, window, decay):
     row, col, weight = (np.concatenate(part) for part in (row, col, weight))
     largest = np.zeros(len(peaks))
     np.maximum.at(largest, row, weight)
-    nearest = weight == largest[row]                        # the weight falls with distance
+    nearest = weight == largest[row]                        # weights fall with distance, unless decay is inf
     parts = weight[nearest].astype(np.float32), (row[nearest], col[nearest])
     return sp.csr_matrix(parts, shape=(len(peaks), len(genes)))
 

@@ -50,7 +50,7 @@ def load_effendi(file):
     """(model in eval mode, everything else in effendi.pt) ; ValueError for a file of another kind."""
     saved = artifacts.read_weights(file)
     needed = {"objective", "args", "state_dict", "genes", "gene_emb", "atac_encoder", "judged", "meaning",
-              "gene_window", "peaks_per_gene"}
+              "gene_window", "peaks_per_gene", "positions"}
     if not isinstance(saved, dict) or not needed <= set(saved):
         raise ValueError(f"{file} is a .pt file, but not an effendi.pt of this version: it lacks "
                          f"{', '.join(sorted(needed - set(saved)))}.\n  Give the effendi.pt that train_delay.py wrote.")
@@ -162,8 +162,13 @@ class NewData:
         return Peaks(gather(self.atac, columns)[self.rows_atac], gene)
 
     def peak_weights(self, genes):
-        table = self.rna.features.loc[genes]
-        return loader.gene_peak_weights(self.atac.features, table, *self.saved["gene_window"])
+        """gene_peak_weights (P, G): of genes of the training as there, of new ones beside all these and each other."""
+        trained = pd.DataFrame(self.saved["positions"]).set_index("gene")
+        new = self.rna.features.loc[[g for g in genes if g not in trained.index], trained.columns]
+        beside = pd.concat([trained, new])
+        own, among = (loader.gene_peak_weights(self.atac.features, table, *self.saved["gene_window"]).tocsc()
+                      for table in (trained, beside))
+        return sp.hstack([own, among[:, len(trained):]], "csc")[:, beside.index.get_indexer(genes)].tocsr()
 
 
 def new_genes(data):
@@ -216,6 +221,10 @@ def results(model, data, extra, device):
             tensors = (torch.as_tensor(a, dtype=torch.float32) for a in (*cells, gene_emb, new_emb))
             model, *found = add_genes(model, torch.as_tensor(data.z_atac), torch.as_tensor(at), *tensors,
                                       data.peaks(both), config.MIN_ACCESS)
+            guessed = int(found[1].isnan().all(0).sum())
+            if guessed:
+                print(f"{guessed:,} of {len(extra):,} new genes have fewer than MIN_ACCESS={config.MIN_ACCESS} "
+                      "accessible counts, or known genes too few to place cells by: their tau is what embeddings say")
             bounds = torch.stack(anchored.intervals(*anchored.over_members(*found)), 1).exp().numpy()
         gene_emb = torch.cat([gene_emb, new_emb])
     genes = [*saved["genes"], *extra]

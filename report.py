@@ -167,14 +167,14 @@ def table_html(table, n=12):
 
 
 def page(table, checks, pictures, facts, closed=False):
-    """The report. closed: the gate is, so that no table of delays is shown."""
+    """The report. closed: the gate is, or there is none (specification), so that no table of delays is shown."""
     counts = pd.Series([c["verdict"].split(":")[0] for c in checks]).value_counts()
     meaning = facts.pop("meaning")
     about = ("τ is in ODE time, not hours; the shortest and the longest of the identifiable genes are shown (of all "
              "genes where none is identifiable), all are in gene_tau_estimates.csv.")
     if closed:
-        about = ("The gate is closed: any data give pictures like these, and values of τ. Nothing can be read from "
-                 "them about these genes.")
+        about = ("As said above, τ means nothing here: any data give pictures and values like these. Nothing can be "
+                 "read from them about the genes.")
     return f"""<!doctype html><html lang=en><meta charset=utf-8><title>Effendi report</title><style>{STYLE}</style>
 <h1>Effendi report</h1>
 <p class=verdict>{html.escape(meaning)}</p>
@@ -190,7 +190,7 @@ def kernel_fact(training):
     """The kernel of delays, and who chose it; the specification has none."""
     if "kernel" not in training["metrics"]:
         return {}
-    how = "chosen by held-out cells" if training["config"]["KERNEL"] is None else "as set"
+    how = "held-out cells decide" if training["config"]["KERNEL"] is None else "as set"
     return {"kernel": f"{KERNELS[training['metrics']['kernel']]}, {how}"}
 
 
@@ -229,7 +229,7 @@ def run():
              "seed": config.SEED,
              "training": f"{training['seconds']:.0f} s",
              "versions": f"Python {training['python']}, torch {training['torch']}"}
-    closed = not training["metrics"].get("gate_open", True)
+    closed = not training["metrics"].get("gate_open", False)
     artifacts.save_text("report.html", page(table, checks, pictures, facts, closed), stage="report", key=key,
                         seconds=round(time.time() - start, 1))
     print(f"report: {len(pictures)} pictures, {len(checks)} checks -> {config.OUT_DIR}/report.html")

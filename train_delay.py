@@ -438,7 +438,7 @@ def tau_table(tau, data):
 
 def write_h5ad(file, data, out, table, meaning):
     """The paired cells for scanpy: X counts, obsm z_atac, z_A, z_R, phi_tau_z_A, layers tau, y_hat; var holds
-    gene_tau_estimates.csv, uns["effendi"] what the run as a whole is worth.
+    the delays of gene_tau_estimates.csv, uns["effendi"] what the run as a whole is worth.
 
     obs checked: the rows of validate.py's reconstruction, which no gradient saw under OBJECTIVE specification.
     """
@@ -465,6 +465,13 @@ def gene_window():
     return [counted["GENE_WINDOW"], counted["GENE_DECAY"]]
 
 
+def positions(genes):
+    """Where the genes of genes.csv lie: the neighbours that a new gene's peaks may belong to."""
+    return dict(gene=list(genes.index), chrom=genes["chrom"].fillna("").astype(str).tolist(),
+                strand=genes["strand"].fillna("").astype(str).tolist(),
+                **{name: torch.tensor(genes[name].to_numpy(float)) for name in ("start", "end")})
+
+
 def save_results(model, table, out, data, history, facts, genes, gene_emb):
     """The artifacts of Stage 2 that both objectives have.
 
@@ -477,7 +484,7 @@ def save_results(model, table, out, data, history, facts, genes, gene_emb):
     artifacts.save_model("effendi.pt", dict(
         weights, objective=config.OBJECTIVE, genes=list(genes), gene_emb=torch.from_numpy(gene_emb),
         judged=judged, meaning=facts["meaning"], gene_window=gene_window(),
-        peaks_per_gene=config.PEAKS_PER_GENE, **encoders()), **facts)
+        peaks_per_gene=config.PEAKS_PER_GENE, positions=positions(data["genes"]), **encoders()), **facts)
     artifacts.save_table("gene_tau_estimates.csv", table, **facts)
     artifacts.save("effendi.h5ad", lambda f: write_h5ad(f, data, out, table, facts["meaning"]), rows=len(data["cells"]),
                    ids=artifacts.hash_ids(data["cells"]), **facts)

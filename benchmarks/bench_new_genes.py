@@ -10,6 +10,7 @@ first-order lags; new cells come from the same population by draws of their own.
 
 Run     python benchmarks/bench_new_genes.py --seeds 420 421        1.5 minutes a data set, two cores
         python benchmarks/bench_new_genes.py --depths deep --programs 3 --seeds 420 421
+        python benchmarks/bench_new_genes.py --depths deep --spacing 25000 --seeds 420 421
 Prints  a row per data set, then the means and left out / trained
 """
 import argparse
@@ -36,9 +37,9 @@ def script(*args):
         sys.exit(f"{' '.join(map(str, args))}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
 
 
-def one(depth, seed, programs, folder):
+def one(depth, seed, folder, **options):
     """Spearman of the trained genes, and of the left-out ones in new cells; cover and level of these."""
-    options = dict(kernel="exp", depth=depth, seed=seed, programs=programs)
+    options = dict(options, kernel="exp", depth=depth, seed=seed)
     first = simulate.simulate(CELLS, GENES, **options)
     new = simulate.simulate(NEW_CELLS, GENES, **options, cell_seed=seed + 1000)
     trained = np.sort(np.random.default_rng(seed).permutation(GENES)[LEFT_OUT:])
@@ -66,13 +67,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[420, 421])
     parser.add_argument("--depths", nargs="+", default=["shallow", "deep"])
     parser.add_argument("--programs", type=int, default=1, help="different ones among the peaks of a gene")
+    parser.add_argument("--spacing", type=int, help="bp from gene to gene")
     args = parser.parse_args()
     print(f"{'depth':>8}{'seed':>6}{'trained':>9}{'left out':>10}{'cover':>7}{'level':>7}")
     for depth in args.depths:
         rows = []
         for seed in args.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(one(depth, seed, args.programs, Path(folder)))
+                rows.append(one(depth, seed, Path(folder), programs=args.programs, spacing=args.spacing))
             print("{:>8}{:>6}{:>9.2f}{:>10.2f}{:>7.2f}{:>7.2f}".format(depth, seed, *rows[-1]), flush=True)
         mean = np.mean(rows, 0)
         print("{:>8}  mean{:>9.2f}{:>10.2f}{:>7.2f}{:>7.2f}".format(depth, *mean),

@@ -854,3 +854,15 @@ def test_new_genes_follow_the_peaks_that_drive_them():
         recovered.append([anchored.spearman(log[0], log_tau[40:]) for log in found])
     weighed, whole = np.mean(recovered, 0)
     assert weighed > 0.5 and weighed - whole > 0.3
+
+
+def test_new_genes_share_the_gauge_of_training(data, result):
+    """The genes of training once more, as new ones, in half of the cells: another likelihood, one level."""
+    x, access, counts, emb, _ = (torch.as_tensor(part) for part in data)
+    model = train_delay.build_anchored(result, dict(x=data[0], emb=data[3], y=data[2]), None, None)
+    for member in model.members:
+        member.log_tau += 0.7                               # a field in which all is this much slower
+    twice = (torch.cat([part[::2], part[::2]], 1) for part in (access, counts))
+    _, found, sd = effendi.add_genes(model, x[::2], torch.arange(60), *twice, emb, emb)
+    assert abs(delay_fit.gauge(found[0] - result.log_tau, sd[0], 0.0)) < 0.05          # 0.0002
+    assert anchored.spearman(found[0], result.log_tau) > 0.9                            # 0.96

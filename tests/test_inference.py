@@ -1,4 +1,6 @@
 """inference.py on a model that the small pipeline trained: known cells, new cells, new genes, bad input."""
+from types import SimpleNamespace
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -11,7 +13,9 @@ import config
 import inference
 import run
 import simulate
+import train_delay
 from effendi import Effendi
+from effendi_loader import gene_peak_weights
 
 SMALL = ["--set", "STAGE1_EPOCHS=1", "--set", "STAGE2_EPOCHS=1", "--set", "VF_EPOCHS=1", "--set", "N_STEPS=20",
          "--set", "ANCHOR_STEPS=150", "--set", "EM_EPOCHS=10", "--set", "BOOTSTRAP=0", "--set", "MEMBERS=1",
@@ -97,6 +101,21 @@ def test_new_genes_get_intervals_where_the_gate_is_open_and_they_have_accessibil
     rest = table.loc[rna.var_names[50:]]
     assert (rest["tau_low"] < rest["tau"]).all() and (rest["tau"] < rest["tau_high"]).all()
     assert np.isfinite(cells.layers["y_hat"]).all()
+
+
+def test_known_genes_keep_the_peaks_of_training_and_new_ones_take_the_nearest():
+    sim = simulate.simulate(5, 60, seed=1, spacing=25_000)
+    genes, peaks = sim.rna.var, sim.atac.var
+    known, new = genes[::2], genes[1::2]
+    data = inference.NewData.__new__(inference.NewData)
+    data.saved = dict(positions=train_delay.positions(known), gene_window=[100_000, 50_000.0])
+    data.atac, data.rna = SimpleNamespace(features=peaks), SimpleNamespace(features=genes[3:])      # lacks known ones
+    found = data.peak_weights([*new.index[1:], *known.index]).toarray()
+    as_trained = gene_peak_weights(peaks, known, 100_000, 50_000.0).toarray()
+    np.testing.assert_array_equal(found[:, len(new) - 1:], as_trained)
+    both = gene_peak_weights(peaks, pd.concat([known, new[1:]]), 100_000, 50_000.0).toarray()
+    np.testing.assert_array_equal(found[:, :len(new) - 1], both[:, len(known):])
+    assert (as_trained > both[:, :len(known)]).any()        # it does matter here
 
 
 def test_peaks_of_new_genes_are_weighed_if_those_of_training_were(trained, tmp_path):

@@ -261,19 +261,19 @@ def test_highly_variable_genes_are_those_of_scanpy(tmp_path):
     assert list(artifacts.load_table("genes.csv").index) == list(data.var_names[data.var["highly_variable"]])
 
 
-@pytest.mark.parametrize("top, min_peaks, expected", [
-    (None, 2, [0, 1, 2]),               # open in at least 10 of 100 cells
-    (None, 5, [0, 1, 2, 3, 4, 5]),      # lowered to the fifth most open, with its tie
-    (None, 99, [0, 1, 2, 3, 4, 5, 6]),  # never peaks that are open in no cell
-    (0, 2, [0, 1, 2, 3, 4, 5, 6, 7]),
-    (2, 2, [1, 2]),                     # most variable: nearest to open in half of the cells
+@pytest.mark.parametrize("top, min_peaks, expected, why", [
+    (None, 2, [0, 1, 2], "in at least 10% of the cells"),
+    (None, 5, [0, 1, 2, 3, 4, 5], "lowered to 5.00%"),      # the fifth most open, with its tie
+    (None, 99, [0, 1, 2, 3, 4, 5, 6], "all that are open"),
+    (0, 2, [0, 1, 2, 3, 4, 5, 6, 7], "all"),
+    (2, 2, [1, 2], "the most variable"),                    # nearest to open in half of the cells
 ])
-def test_the_peak_filter_keeps(monkeypatch, top, min_peaks, expected):
+def test_the_peak_filter_keeps(monkeypatch, top, min_peaks, expected, why):
     monkeypatch.setattr(config, "ATAC_TOP_PEAKS", top)
     monkeypatch.setattr(config, "MIN_PEAKS", min_peaks)
     peaks = pd.DataFrame(index=[f"chr1:{i}-{i + 1}" for i in range(8)])
-    mask, _ = pre.choose_peaks(peaks, np.array([95, 50, 10, 9, 5, 5, 1, 0]), 100)
-    assert np.flatnonzero(mask).tolist() == expected
+    mask, reason = pre.choose_peaks(peaks, np.array([95, 50, 10, 9, 5, 5, 1, 0]), 100)
+    assert np.flatnonzero(mask).tolist() == expected and why in reason
 
 
 def test_the_encoder_is_the_embedded_one_without_weights_and_says_so(tmp_path, monkeypatch, capsys):

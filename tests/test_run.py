@@ -17,6 +17,7 @@ import torch
 
 import artifacts
 import config
+import report
 import run
 import simulate
 import train_delay
@@ -127,14 +128,16 @@ def test_every_check_has_a_verdict_and_what_did_not_run_did_not_pass(finished, o
         assert (c["value"] is None) == c["verdict"].startswith("not run")
 
 
-def test_the_report_names_the_kernel_and_shows_no_table_where_the_gate_is_closed(finished, objective):
+def test_the_report_names_the_kernel_and_shows_no_table_where_tau_means_nothing(finished, objective):
     folder = finished(objective)
     config.OUT_DIR = str(folder)
     page, training = (folder / "report.html").read_text(), artifacts.record("gene_tau_estimates.csv")
-    anchored = "gate_open" in training["metrics"]
-    assert ("chosen by held-out cells" in page or ", as set" in page) == anchored
-    closed = anchored and not training["metrics"]["gate_open"]
-    assert ("<th>tau</th>" not in page) == closed and ("The gate is closed" in page) == closed
+    assert (", held-out cells decide" in page or ", as set" in page) == ("gate_open" in training["metrics"])
+    assert not training["metrics"].get("gate_open", False)  # 240 cells
+    assert "<th>tau</th>" not in page and "τ means nothing here" in page
+    table, checks = artifacts.load_table("gene_tau_estimates.csv"), json.loads((folder / "validation.json").read_text())
+    page = report.page(table, checks, {}, {"meaning": "tau is meaningful"})
+    assert "<th>tau</th>" in page and "τ means nothing here" not in page
 
 
 def test_a_second_run_skips_every_stage_and_changes_no_file(finished, objective, capsys):

@@ -4,6 +4,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+import anchored
 import train_delay
 from align_mlp import AlignMLP
 from vector_field import EffendiVectorField
@@ -102,6 +103,12 @@ def test_held_out_cells_depend_on_names_and_seed_and_not_on_the_order_of_the_fil
     assert set(names[train_delay.held_out_cells(names)]) == set(shuffled[train_delay.held_out_cells(shuffled)])
     settings.SEED = 1
     assert set(names[train_delay.held_out_cells(names)]) != set(shuffled[:5])
+
+
+def test_a_run_that_can_tell_hardly_a_gene_says_so():
+    gate = anchored.Gate(True, [], 9.0, 9.0, 9.0, 9.0, 0.7)
+    few, many = (train_delay.meaning(gate, torch.arange(100) < n, {"genes": range(100)}) for n in (4, 5))
+    assert "for hardly a gene" in few and "4 of 100" in few and "tau is meaningful on these data" in many
 
 
 def test_no_gradient_sees_a_held_out_cell(tiny):
