@@ -665,7 +665,7 @@ def test_accessibility_is_read_again_where_both_modalities_place_the_cells(data,
     first = replace(em.begin("exp"), field=delay_fit.Still())
     second = em.refined(first)
     for before, after in ((first, second), (second, em.refined(second))):
-        log_share = em.log_share(0.8 * before.D(before.D.landmarks) + 0.2)
+        log_share = delay_fit.log_share(em.mean * (0.8 * before.D(before.D.landmarks) + 0.2))
         log_p = chromatin.state_likelihood(before.D, before.D.landmarks, access, depth, mean) + counts @ log_share.T
         P = by_stage_1.clone()
         P[em.train] = torch.softmax(log_p, 1)[em.train]
