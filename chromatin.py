@@ -135,12 +135,14 @@ class GeneReadout(nn.Module):
         return 1e-2 * self.delta.square().mean() + 1e-4 * (p.square().mean() + self.q.square().mean())
 
 
-def with_own(readout, delta, p, q):
-    """The readout with other parameters of the genes."""
+def with_own(readout, delta, p, q, e=None):
+    """The readout with other parameters of the genes, and other embeddings e where these are given."""
     new = copy.copy(readout)
     new._parameters, new._buffers = dict(readout._parameters), dict(readout._buffers)
     for name, value in dict(delta=delta, p=p, q=q).items():
         setattr(new, name, nn.Parameter(value, requires_grad=False))
+    if e is not None:
+        new.e = e
     return new
 
 
@@ -156,9 +158,7 @@ def read_as(readout, target, penalty=0.1):
 
 def of_genes(readout, genes):
     """The readout of some of its genes, by number."""
-    some = with_own(readout, **{name: value[genes] for name, value in readout.own().items()})
-    some.e = readout.e[genes]
-    return some
+    return with_own(readout, **{name: value[genes] for name, value in (readout.own() | {"e": readout.e}).items()})
 
 
 def refine(readout, seen, mean, precision=REFINE):
@@ -484,6 +484,4 @@ def mean_states(readout, access, depth, mean, block=4096):
 def unseen_genes(readout, gene_emb):
     """A readout of new genes (H, D) as their embeddings say alone: all that genes share stays, delta, p, q are 0."""
     e = (gene_emb - readout.centre) @ readout.axes
-    new = with_own(readout, torch.zeros_like(e), e.new_full((len(e),), -math.log(2)), e.new_zeros(len(e)))
-    new.e = e
-    return new
+    return with_own(readout, torch.zeros_like(e), e.new_full((len(e),), -math.log(2)), e.new_zeros(len(e)), e)

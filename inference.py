@@ -163,12 +163,19 @@ class NewData:
 
     def peak_weights(self, genes):
         """gene_peak_weights (P, G): of genes of the training as there, of new ones beside all these and each other."""
-        trained = pd.DataFrame(self.saved["positions"]).set_index("gene")
+        trained, weights = self.trained
         new = self.rna.features.loc[[g for g in genes if g not in trained.index], trained.columns]
         beside = pd.concat([trained, new])
-        own, among = (loader.gene_peak_weights(self.atac.features, table, *self.saved["gene_window"]).tocsc()
-                      for table in (trained, beside))
-        return sp.hstack([own, among[:, len(trained):]], "csc")[:, beside.index.get_indexer(genes)].tocsr()
+        if len(new):
+            among = loader.gene_peak_weights(self.atac.features, beside, *self.saved["gene_window"]).tocsc()
+            weights = sp.hstack([weights, among[:, len(trained):]], "csc")
+        return weights[:, beside.index.get_indexer(genes)].tocsr()
+
+    @functools.cached_property
+    def trained(self):
+        """Positions of all genes of the training, and their gene_peak_weights on the new peaks."""
+        table = pd.DataFrame(self.saved["positions"]).set_index("gene")
+        return table, loader.gene_peak_weights(self.atac.features, table, *self.saved["gene_window"]).tocsc()
 
 
 def new_genes(data):

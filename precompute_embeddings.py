@@ -297,12 +297,11 @@ def choose_peaks(peaks, n_cells, n):
         mask[order[:top]] = True
         return mask, f"ATAC_TOP_PEAKS={top}: the most variable"
     often = share >= MIN_OPEN
-    at_least = min(config.MIN_PEAKS, int((n_cells > 0).sum()))
-    if at_least == (n_cells > 0).sum():
+    if (n_cells > 0).sum() <= config.MIN_PEAKS:
         return n_cells > 0, f"automatic: all that are open, no more than MIN_PEAKS={config.MIN_PEAKS:,}"
-    if often.sum() >= at_least:
+    if often.sum() >= config.MIN_PEAKS:
         return often, f"automatic: open in at least {MIN_OPEN:.0%} of the cells"
-    limit = np.sort(n_cells)[::-1][at_least - 1]            # peaks tied with the last one stay too
+    limit = np.sort(n_cells)[::-1][config.MIN_PEAKS - 1]            # peaks tied with the last one stay too
     return n_cells >= limit, (f"automatic: only {often.sum():,} are open in {MIN_OPEN:.0%} of the cells, so the limit "
                               f"is lowered to {limit / n:.2%} to keep MIN_PEAKS={config.MIN_PEAKS:,}")
 

@@ -427,10 +427,15 @@ def chromosomes(o):
     return np.full(n, o.genes // n) + (np.arange(n) < o.genes % n)
 
 
+def chromosome_of_genes(o):
+    """The number of every gene's chromosome, (G,)."""
+    per = chromosomes(o)
+    return np.repeat(np.arange(len(per)), per)
+
+
 def gene_table(o):
     """chrom, start, end, strand; gene i has the i-th stretch of `spacing` bp, its TSS near the middle."""
-    rng, per = o.rng("positions"), chromosomes(o)
-    chrom = np.repeat(np.arange(len(per)), per)
+    rng, per, chrom = o.rng("positions"), chromosomes(o), chromosome_of_genes(o)
     block = np.concatenate([np.arange(n) for n in per])
     tss = block * o.spacing + tss_slot(o) * SLOT + SLOT // 2
     length = np.minimum(np.exp(rng.normal(np.log(12_000), 0.7, o.genes)), 0.3 * o.spacing).astype(int)
@@ -481,8 +486,7 @@ def lay_out_peaks(o):
 
 def move_far(o, table, slots):
     """Give a share `far` of the enhancers a free slot of the gene before or after theirs on the chromosome, if any."""
-    rng, per = o.rng("far"), chromosomes(o)
-    chrom = np.repeat(np.arange(len(per)), per)
+    rng, chrom = o.rng("far"), chromosome_of_genes(o)
     taken = set(zip(table.block, table.slot))
     for row in np.flatnonzero((table.role == "enhancer") & (rng.random(len(table)) < o.far)):
         block = table.gene[row] + rng.choice([-1, 1])
@@ -513,7 +517,7 @@ def _place(o, table):
     per = chromosomes(o)
     first = np.concatenate([[0], np.cumsum(per)[:-1]])
     table = table.sort_values(["block", "slot"], ignore_index=True)
-    chrom = np.repeat(np.arange(len(per)), per)[table.block]
+    chrom = chromosome_of_genes(o)[table.block]
     width = o.rng("widths").integers(300, 601, len(table))
     start = (table.block - first[chrom]) * o.spacing + table.slot * SLOT + (SLOT - width) // 2
     table.insert(0, "chrom", [f"chr{c + 1}" for c in chrom])

@@ -52,10 +52,10 @@ def one(depth, seed, folder, **options):
     script("inference.py", "--model", out / "effendi.pt", "--rna", folder / "new_rna.h5ad", "--atac",
            folder / "new_atac.h5ad", "--new-genes", "--out", found)
     truth = np.log(first.truth.tau[first.truth.changes & first.truth.has_link]).rename("planted")
-    known, unknown = (np.log(pd.read_csv(file, index_col="gene").query(which)[["tau", "tau_low", "tau_high"]])
-                      .join(truth, how="inner") for file, which in (
-                          (out / "gene_tau_estimates.csv", "tau > 0"),
-                          (found / "inference_tau.csv", "not trained")))
+    known = pd.read_csv(out / "gene_tau_estimates.csv", index_col="gene")
+    unknown = pd.read_csv(found / "inference_tau.csv", index_col="gene").query("not trained")
+    known, unknown = (np.log(table[["tau", "tau_low", "tau_high"]]).join(truth, how="inner")
+                      for table in (known, unknown))
     error = (unknown.tau - unknown.planted).mean()
     inside = (unknown.planted + error).between(unknown.tau_low, unknown.tau_high)
     return [*(spearmanr(table.tau, table.planted)[0] for table in (known, unknown)), inside.mean(),
